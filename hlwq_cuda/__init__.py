@@ -1,0 +1,1 @@
+"""HLWQ models in PyTorch: transformers integration and Triton kernels."""

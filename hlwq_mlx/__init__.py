@@ -1,0 +1,1 @@
+"""HLWQ models in MLX and mlx-lm."""

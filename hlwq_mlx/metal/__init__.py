@@ -1,0 +1,1 @@
+"""Metal kernels of the MLX backend."""
