@@ -34,6 +34,7 @@ DTYPES = {
     "U8": np.dtype(np.uint8),
     "BOOL": np.dtype(np.bool_),
 }
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 INDEX_NAME = "model.safetensors.index.json"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors library
 
@@ -56,6 +57,11 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return self.size * self.dtype.itemsize
+
+
+def is_float(dtype: np.dtype) -> bool:
+    """True for the floating dtypes that models are trained in."""
+    return dtype in (np.float16, np.float32, np.float64, ml_dtypes.bfloat16)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:

@@ -1,0 +1,152 @@
+"""Plan -> encode on threads -> write -> report. Prints nothing: progress goes to a callback."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from convert.encoders import ENCODERS, Encoder
+from convert.errors import ConvertError
+from convert.format import codes_name, norms_name
+from convert.packing import pack
+from convert.plan import Plan, PlannedTensor
+from convert.target import Target
+from convert.tensors import is_float
+from convert.writer import Staging, cut_shards
+
+TASK_WEIGHTS = 2**21  # weights a task: 8 MB of float32, so that tens of tasks in flight stay far below a gigabyte
+
+Progress = Callable[[int], None]  # called with the number of weights just written
+
+
+@dataclass(frozen=True)
+class Task:
+    """A range of one tensor's first axis."""
+
+    planned: PlannedTensor
+    rows: slice
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a finished conversion did."""
+
+    output: Path
+    weights: int
+    nbytes: int  # of all tensors
+    bits_per_weight: float
+    resumed_shards: int
+    seconds: float
+
+
+def convert(
+    target: Target,
+    plan: Plan,
+    output: Path,
+    *,
+    source_identity: object,
+    encoder: str = "plain",
+    max_shard_bytes: int,
+    threads: int,
+    progress: Progress = lambda weights: None,
+) -> Report:
+    """Write `plan` to `output`. `source_identity` (JSON) tells one source from another when a run is resumed."""
+    started = time.monotonic()
+    shards = cut_shards(plan, max_shard_bytes)
+    config = target.config(plan.quantization())
+    layout = [(shard.name, [(*map(str, shard_tensor.stored),) for shard_tensor in shard.tensors]) for shard in shards]
+    staging = Staging(output, _fingerprint([source_identity, encoder, config, layout]))
+    resumed = 0
+    with ThreadPoolExecutor(threads) as pool:
+        for shard in shards:
+            if staging.is_finished(shard):
+                resumed += 1
+                progress(sum(planned.tensor.size for planned in shard.tensors))
+                continue
+            with staging.shard(shard, {"format": target.format}) as file:
+                work = (task for planned in shard.tensors for task in _tasks(planned))
+                run = _runner(target, ENCODERS[encoder])
+                for task, arrays in _in_order(pool, run, work, ahead=2 * threads):
+                    for name, data in arrays.items():
+                        file.write(name, task.rows.start, data)
+                    progress(_size(task))
+    staging.finish(shards, target.files(), config)
+    return Report(output, plan.weights, plan.nbytes, plan.bits_per_weight, resumed, time.monotonic() - started)
+
+
+def _tasks(planned: PlannedTensor) -> Iterator[Task]:
+    shape = planned.tensor.shape
+    length = shape[0] if shape else 1
+    step = max(TASK_WEIGHTS * length // max(planned.tensor.size, 1), 1)
+    for start in range(0, length, step):
+        yield Task(planned, slice(start, min(start + step, length)))
+
+
+def _size(task: Task) -> int:
+    length = task.planned.tensor.shape[0] if task.planned.tensor.shape else 1
+    return task.planned.tensor.size * (task.rows.stop - task.rows.start) // length
+
+
+def _runner(target: Target, encoder: Encoder) -> Callable[[Task], dict[str, np.ndarray]]:
+    """The work of one task: read rows, then encode and pack them, or cast them."""
+
+    def run(task: Task) -> dict[str, np.ndarray]:
+        planned, tensor = task.planned, task.planned.tensor
+        data = target.read(tensor, task.rows)
+        if planned.spec is None:
+            return {tensor.name: _cast(data, planned)}
+        try:
+            encoded = encoder(data.astype(np.float32), planned.spec)
+        except ValueError as error:
+            raise ConvertError(f"{tensor.where}: {error}") from None
+        return {
+            codes_name(tensor.module): pack(encoded.codes, planned.spec.bits),
+            norms_name(tensor.module): encoded.norms,
+        }
+
+    return run
+
+
+def _cast(data: np.ndarray, planned: PlannedTensor) -> np.ndarray:
+    if not is_float(data.dtype):
+        return data
+    if not np.isfinite(data).all():
+        raise ConvertError(f"{planned.tensor.where}: the tensor holds NaN or infinity")
+    with np.errstate(over="ignore"):
+        cast = data.astype(planned.dtype, copy=False)
+    if not np.isfinite(cast).all():
+        raise ConvertError(
+            f"{planned.tensor.where}: a value is beyond the range of {planned.dtype}; choose another --dtype"
+        )
+    return cast
+
+
+def _in_order(
+    pool: ThreadPoolExecutor, run: Callable[[Task], dict[str, np.ndarray]], tasks: Iterable[Task], ahead: int
+) -> Iterator[tuple[Task, dict[str, np.ndarray]]]:
+    """Results in the order of the tasks, with at most `ahead` of them in memory."""
+    pending: deque[tuple[Task, Future[dict[str, np.ndarray]]]] = deque()
+    try:
+        for task in tasks:
+            pending.append((task, pool.submit(run, task)))
+            if len(pending) > ahead:
+                first, future = pending.popleft()
+                yield first, future.result()
+        while pending:
+            first, future = pending.popleft()
+            yield first, future.result()
+    finally:
+        for _, future in pending:
+            future.cancel()
+
+
+def _fingerprint(value: object) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

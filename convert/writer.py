@@ -1,0 +1,181 @@
+"""Write a model directory that appears whole or not at all, and that a repeated command can finish.
+
+Everything goes to `OUTPUT.partial`; a shard counts once its checksum stands in the journal there, and the directory
+takes its final name when config.json, the last file, is written. A loader accepts no directory without config.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+
+from convert.errors import ConvertError
+from convert.plan import Plan, PlannedTensor, StoredTensor
+from convert.tensors import DTYPE_NAMES, INDEX_NAME
+
+CHECKSUMS_NAME = "SHA256SUMS"  # the format of the sha256sum command
+JOURNAL_NAME = "journal.json"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One output file and what goes into it."""
+
+    name: str
+    tensors: tuple[PlannedTensor, ...]
+
+
+def cut_shards(plan: Plan, max_bytes: int) -> list[Shard]:
+    """Fill files of at most `max_bytes` in the order of the plan; a larger tensor has a file of its own."""
+    groups: list[list[PlannedTensor]] = [[]]
+    room = max_bytes
+    for planned in plan.tensors:
+        if planned.nbytes > room and groups[-1]:
+            groups.append([])
+            room = max_bytes
+        groups[-1].append(planned)
+        room -= planned.nbytes
+    if len(groups) == 1:
+        return [Shard("model.safetensors", tuple(groups[0]))]
+    total = len(groups)
+    return [Shard(f"model-{i:05}-of-{total:05}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
+
+
+class ShardFile:
+    """An open safetensors file whose header is written first; tensors are filled in any order, row by row."""
+
+    def __init__(self, file: BinaryIO, tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> None:
+        # widest elements first: every tensor is aligned to its dtype without holes, which the format forbids
+        ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
+        header: dict = {"__metadata__": dict(metadata)}
+        offsets: dict[str, tuple[int, StoredTensor]] = {}
+        end = 0
+        for tensor in ordered:
+            start, end = end, end + tensor.nbytes
+            offsets[tensor.name] = (start, tensor)
+            header[tensor.name] = {
+                "dtype": DTYPE_NAMES[tensor.dtype],
+                "shape": list(tensor.shape),
+                "data_offsets": [start, end],
+            }
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(file.tell() + end)
+        self._file, self._offsets, self._data_start = file, offsets, 8 + len(text)
+
+    def write(self, name: str, first_row: int, data: np.ndarray) -> None:
+        """Put `data` at index `first_row` of the first axis of tensor `name`."""
+        start, tensor = self._offsets[name]
+        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape and tensor.shape[0] else 0
+        self._file.seek(self._data_start + start + first_row * row_bytes)
+        self._file.write(np.ascontiguousarray(data).view(np.uint8).reshape(-1).data)
+
+
+class Staging:
+    """The directory `OUTPUT.partial` and its journal of finished shards."""
+
+    def __init__(self, output: Path, fingerprint: str) -> None:
+        """Create the staging directory, or take it over if `fingerprint` says that the same command left it."""
+        check_output(output)
+        self.output, self.path = output, partial_path(output)
+        self._journal = self.path / JOURNAL_NAME
+        self._fingerprint = fingerprint
+        self._finished: dict[str, str] = {}  # shard name -> SHA-256
+        if self.path.exists():
+            self._finished = self._read_journal()
+        else:
+            self.path.mkdir(parents=True)
+            self._write_journal()
+
+    def is_finished(self, shard: Shard) -> bool:
+        """True if an earlier run finished this shard and its bytes still have the recorded checksum."""
+        path = self.path / shard.name
+        return shard.name in self._finished and path.exists() and checksum(path) == self._finished[shard.name]
+
+    @contextmanager
+    def shard(self, shard: Shard, metadata: Mapping[str, str]) -> Iterator[ShardFile]:
+        """Open a shard for writing; it is recorded as finished when the block ends without an error."""
+        path = self.path / shard.name
+        with path.open("w+b") as file:
+            yield ShardFile(file, [stored for planned in shard.tensors for stored in planned.stored], metadata)
+            file.flush()
+            os.fsync(file.fileno())
+        self._finished[shard.name] = checksum(path)
+        self._write_journal()
+
+    def finish(self, shards: Sequence[Shard], files: Mapping[str, Path | str], config: Mapping) -> None:
+        """Write the index, the other files and config.json, and give the directory its final name."""
+        weight_map = {
+            stored.name: shard.name for shard in shards for planned in shard.tensors for stored in planned.stored
+        }
+        total = sum(planned.nbytes for shard in shards for planned in shard.tensors)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        _write_text(self.path / INDEX_NAME, json.dumps(index, indent=2) + "\n")
+        for name, content in files.items():
+            path = self.path / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, Path):
+                shutil.copyfile(content, path)
+            else:
+                _write_text(path, content)
+        sums = "".join(f"{self._finished[shard.name]}  {shard.name}\n" for shard in shards)
+        _write_text(self.path / CHECKSUMS_NAME, sums)
+        _write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        self._journal.unlink()
+        if self.output.exists():
+            self.output.rmdir()  # empty: check_output refused anything else
+        self.path.rename(self.output)
+
+    def _read_journal(self) -> dict[str, str]:
+        try:
+            journal = json.loads(self._journal.read_text(encoding="utf-8"))
+            if journal["fingerprint"] == self._fingerprint:
+                return dict(journal["shards"])
+        except (OSError, ValueError, KeyError, TypeError):
+            pass  # no journal of ours: the same refusal
+        raise ConvertError(
+            f"{self.path}: an unfinished conversion of another model or with other options lies there; "
+            "repeat that command to finish it, or delete the directory"
+        )
+
+    def _write_journal(self) -> None:
+        temporary = self._journal.with_suffix(".new")
+        _write_text(temporary, json.dumps({"fingerprint": self._fingerprint, "shards": self._finished}))
+        os.replace(temporary, self._journal)
+
+
+def partial_path(output: Path) -> Path:
+    """Where the output lies until it is complete: beside its final name."""
+    return output.with_name(f"{output.name}.partial")
+
+
+def check_output(output: Path) -> None:
+    """Refuse an output that exists and is not an empty directory."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ConvertError(f"{output}: exists and is not an empty directory; choose another --output or delete it")
+
+
+def checksum(path: Path) -> str:
+    """SHA-256 of a file."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
