@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 
+from convert import search
 from convert.codebook import codebook
 from convert.format import ModuleSpec
 from convert.reference import Encoded, blocks, hadamard, to_float16
@@ -57,4 +58,4 @@ def _midpoints(bits: int) -> np.ndarray:
     return ((table[1:] + table[:-1]) / 2).astype(np.float32)
 
 
-ENCODERS: dict[str, Encoder] = {"plain": encode_plain}
+ENCODERS: dict[str, Encoder] = {"plain": encode_plain, "search": search.encode}

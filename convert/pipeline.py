@@ -53,7 +53,7 @@ def convert(
     output: Path,
     *,
     source_identity: object,
-    encoder: str = "plain",
+    encoder: str = "search",
     max_shard_bytes: int,
     threads: int,
     progress: Progress = lambda weights: None,

@@ -14,18 +14,16 @@ are 0.1 % wide: a value so close to a cell edge is coded equally well on either 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import numpy as np
 
 from convert.codebook import codebook
 from convert.format import ModuleSpec
-from convert.reference import Encoded, nearest, rotate, to_float16
+from convert.reference import Encoded, blocks, nearest, rotate, to_float16
 
-CHUNK = 1 << 15  # weights a thread handles at once: the working arrays stay in a 1 MB cache
+CHUNK = 1 << 15  # weights at a time: the working arrays stay in a 1 MB cache
 BINS_PER_E = 1024  # bins of magnitude for every factor e
 SMALLEST = 2.0**-12  # of the block's root mean square; below it every table gives its innermost centroid
 GRID_STEP = 0.03  # ratio of two neighboring norms of the grid, less 1
@@ -33,29 +31,21 @@ GRID_LOW, GRID_HIGH = 0.65, 1.36  # of the L2 norm; 99 % of normal blocks have t
 REFINEMENTS = 2  # rounds of codes -> least-squares norm -> codes
 
 
-def encode(weight: np.ndarray, spec: ModuleSpec, threads: int | None = None) -> Encoded:
+def encode(weight: np.ndarray, spec: ModuleSpec) -> Encoded:
     """Codes and norms of least squared error (to the grid's resolution), a drop-in for reference.encode.
 
     weight: float32 [..., N, K], finite. Raises ValueError when a value is not finite or a norm exceeds float16.
     """
-    rows = weight.reshape(-1, weight.shape[-1])
-    size = spec.block_size
-    codes = np.empty((len(rows), spec.padded_in_features), np.uint8)
-    norms = np.empty((len(rows), spec.blocks), np.float16)
-    step = max(1, CHUNK // spec.padded_in_features)
-
-    def encode_rows(start: int) -> None:
-        part = slice(start, start + step)
-        rotated = rotate(rows[part].astype(np.float32, copy=False), size).reshape(-1, size)
-        part_norms = to_float16(best_norms(rotated, spec.bits))
-        norms[part] = part_norms.reshape(-1, spec.blocks)
-        codes[part] = codes_under(rotated, part_norms, spec.bits).reshape(-1, spec.padded_in_features)
-
-    with ThreadPoolExecutor(threads or os.cpu_count()) as pool:
-        for _ in pool.map(encode_rows, range(0, len(rows), step)):
-            pass
-    shape = weight.shape[:-1]
-    return Encoded(codes.reshape(*shape, -1), norms.reshape(*shape, -1))
+    rows = blocks(weight, spec.block_size).reshape(-1, spec.block_size)  # one block a row
+    codes = np.empty(rows.shape, np.uint8)
+    norms = np.empty(len(rows), np.float16)
+    step = max(CHUNK // spec.block_size, 1)
+    for start in range(0, len(rows), step):
+        piece = slice(start, start + step)
+        rotated = rotate(rows[piece].astype(np.float32, copy=False), spec.block_size)
+        norms[piece] = to_float16(best_norms(rotated, spec.bits))
+        codes[piece] = codes_under(rotated, norms[piece], spec.bits)
+    return Encoded(codes.reshape(*weight.shape[:-1], -1), norms.reshape(*weight.shape[:-1], -1))
 
 
 def codes_under(rotated: np.ndarray, norms: np.ndarray, bits: int) -> np.ndarray:

@@ -36,7 +36,7 @@ def test_no_block_gets_worse(bits: int, block_size: int):
     weight = rng.standard_t(3, (40, 3, 4 * block_size)).astype(np.float32) * rng.lognormal(0, 2, (40, 3, 1))
     spec = ModuleSpec(bits, block_size, weight.shape[-1])
     plain, found = (squared_error(weight, f(weight, spec), spec) for f in (encode, search))
-    # at 6 and 8 bits the error is a jagged function of the norm, and one block in a hundred is luckier between two points
+    # at 6 and 8 bits the error is a jagged function of the norm: one block in a hundred is luckier off the grid
     assert (found <= (1.02 if bits <= 5 else 1.4) * plain).all()
     assert (found > plain).mean() < 0.03
     assert found.sum() < plain.sum()
@@ -51,11 +51,10 @@ def test_codes_are_the_nearest_under_the_stored_norm():
     np.testing.assert_array_equal(encoded.codes.reshape(-1, 64), expected)
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_result_does_not_depend_on_threads_or_leading_axes(threads: int):
+def test_leading_axes_do_not_matter():
     weight = np.random.default_rng(3).standard_normal((2, 130, 1024)).astype(np.float32)
     spec = ModuleSpec(3, 128, 1024)
-    whole = search(weight, spec, threads=threads)
+    whole = search(weight, spec)
     for index in range(2):
         one = search(weight[index], spec)
         np.testing.assert_array_equal(whole.codes[index], one.codes)
