@@ -1,0 +1,145 @@
+"""The operations of HLWQ as torch custom ops, `torch.ops.hlwq.*`: schemas, fake bodies, gradients, choice of kernel.
+
+Shared arguments, for a weight of N outputs and K inputs, Kp = K padded to whole blocks of B:
+
+    codes       int32 [N, Kp * bits / 32], device layout (kernels/layout.py)
+    norms       float16 [N, Kp / B]
+    table       int32, the codebook in the forms that kernels read (kernels/tables.py)
+    mode        "exact": fp16 centroids and activations; "int8": both rounded to int8, one activation scale a block
+
+The gradient is with respect to the activation (and bias), never the weight: enough for LoRA. It treats the rounding
+of activations as the identity.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from hlwq_cuda.kernels import plain
+from hlwq_cuda.kernels.tables import INT8_MAX_BITS
+
+MODES = ("exact", "int8")
+GEMV_MAX_ROWS = 1
+GEMM_MAX_ROWS = 64  # above, a dequantized weight and cuBLAS are faster
+
+
+def pick(rows: int) -> str:
+    """The kernel for a product with that many rows of activations."""
+    if rows <= GEMV_MAX_ROWS:
+        return "gemv"
+    return "gemm" if rows <= GEMM_MAX_ROWS else "dequantize"
+
+
+def default_mode(bits: int, device_type: str) -> str:
+    """int8 where it pays: on a GPU, for the widths whose error is far above that of rounding to int8."""
+    return "int8" if bits <= INT8_MAX_BITS and device_type == "cuda" else "exact"
+
+
+@torch.library.custom_op("hlwq::linear", mutates_args=())
+def linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    table: torch.Tensor,
+    bias: torch.Tensor | None,
+    bits: int,
+    block_size: int,
+    in_features: int,
+    mode: str,
+) -> torch.Tensor:
+    """y = x W^T + bias: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
+    check_mode(mode, bits)
+    return plain.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode)
+
+
+@linear.register_fake
+def _(x, codes, norms, table, bias, bits, block_size, in_features, mode):
+    return x.new_empty((*x.shape[:-1], codes.shape[0]))
+
+
+def _save_for_linear(ctx, inputs, output) -> None:
+    _, codes, norms, table, bias, bits, block_size, in_features, _ = inputs
+    ctx.save_for_backward(codes, norms, table)
+    ctx.weight = (bits, block_size, in_features)
+    ctx.bias_dtype = None if bias is None else bias.dtype
+
+
+def _linear_gradient(ctx, gradient):
+    codes, norms, table = ctx.saved_tensors
+    weight = torch.ops.hlwq.dequantize(codes, norms, table, *ctx.weight, gradient.dtype, False)
+    for_bias = None if ctx.bias_dtype is None else gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+    return gradient @ weight, None, None, None, for_bias, None, None, None, None
+
+
+linear.register_autograd(_linear_gradient, setup_context=_save_for_linear)
+
+
+@torch.library.custom_op("hlwq::embedding", mutates_args=())
+def embedding(
+    ids: torch.Tensor,
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    table: torch.Tensor,
+    bits: int,
+    block_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """Rows of the weight, rotated back: integer ids [...] -> [..., K] of `dtype`."""
+    return plain.embedding(ids, codes, norms, table, bits, block_size, in_features, dtype)
+
+
+@embedding.register_fake
+def _(ids, codes, norms, table, bits, block_size, in_features, dtype):
+    return norms.new_empty((*ids.shape, in_features), dtype=dtype)
+
+
+@torch.library.custom_op("hlwq::dequantize", mutates_args=())
+def dequantize(
+    codes: torch.Tensor,
+    norms: torch.Tensor,
+    table: torch.Tensor,
+    bits: int,
+    block_size: int,
+    in_features: int,
+    dtype: torch.dtype,
+    rotated: bool,
+) -> torch.Tensor:
+    """The weight [N, K] of `dtype`; with `rotated` in the rotated basis, [N, Kp]: what a rotated activation needs."""
+    return plain.dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated)
+
+
+@dequantize.register_fake
+def _(codes, norms, table, bits, block_size, in_features, dtype, rotated):
+    width = norms.shape[-1] * block_size if rotated else in_features
+    return norms.new_empty((*codes.shape[:-1], width), dtype=dtype)
+
+
+@torch.library.custom_op("hlwq::rotate", mutates_args=())
+def rotate(x: torch.Tensor, block_size: int) -> torch.Tensor:
+    """Every block of B times H_B (its own inverse): [..., K] -> [..., Kp], same dtype, zeros appended."""
+    return plain.rotate(x, block_size)
+
+
+@rotate.register_fake
+def _(x, block_size):
+    return x.new_empty((*x.shape[:-1], -(-x.shape[-1] // block_size) * block_size))
+
+
+def _save_for_rotate(ctx, inputs, output) -> None:
+    ctx.width, ctx.block_size = inputs[0].shape[-1], inputs[1]
+
+
+def _rotate_gradient(ctx, gradient):
+    return torch.ops.hlwq.rotate(gradient, ctx.block_size)[..., : ctx.width], None
+
+
+rotate.register_autograd(_rotate_gradient, setup_context=_save_for_rotate)
+
+
+def check_mode(mode: str, bits: int) -> None:
+    """ValueError for an unknown mode, or int8 at a width whose table has no int8 form."""
+    if mode not in MODES:
+        raise ValueError(f"mode is {mode!r}; the modes are {', '.join(MODES)}")
+    if mode == "int8" and bits > INT8_MAX_BITS:
+        raise ValueError(f"mode int8 serves 2 to {INT8_MAX_BITS} bits; use mode exact for {bits}-bit layers")

@@ -1,0 +1,71 @@
+"""The custom ops on the CPU: schema, fake bodies, gradient, torch.compile, hostile arguments."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from convert.codebook import codebook  # noqa: E402
+from hlwq_cuda import ops  # noqa: E402
+from hlwq_cuda.kernels.tables import make_table  # noqa: E402
+
+BITS, BLOCK, WIDTH, ROWS = 4, 64, 150, 20  # K is padded to 192
+
+
+@pytest.fixture(scope="module")
+def weight():
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(-(2**31), 2**31 - 1, (ROWS, 192 * BITS // 32), generator=generator).to(torch.int32)
+    norms = torch.rand(ROWS, 192 // BLOCK, generator=generator).half()
+    return codes, norms, make_table(codebook(BITS), BITS)
+
+
+def test_ops_keep_the_rules_of_torch_library(weight):
+    x = torch.randn(2, 3, WIDTH, requires_grad=True)
+    bias = torch.randn(ROWS)
+    torch.library.opcheck(torch.ops.hlwq.linear.default, (x, *weight, bias, BITS, BLOCK, WIDTH, "exact"))
+    torch.library.opcheck(torch.ops.hlwq.linear.default, (x, *weight, None, BITS, BLOCK, WIDTH, "int8"))
+    torch.library.opcheck(torch.ops.hlwq.rotate.default, (x, BLOCK))
+    ids = torch.tensor([[1, 2], [3, 3]])
+    torch.library.opcheck(torch.ops.hlwq.embedding.default, (ids, *weight, BITS, BLOCK, WIDTH, torch.bfloat16))
+    for rotated in (False, True):
+        arguments = (*weight, BITS, BLOCK, WIDTH, torch.float16, rotated)
+        torch.library.opcheck(torch.ops.hlwq.dequantize.default, arguments)
+
+
+def test_gradient_is_that_of_the_dequantized_weight(weight):
+    x = torch.randn(3, WIDTH, requires_grad=True)
+    bias = torch.randn(ROWS, requires_grad=True)
+    dense = torch.ops.hlwq.dequantize(*weight, BITS, BLOCK, WIDTH, torch.float32, False)
+    torch.ops.hlwq.linear(x, *weight, bias, BITS, BLOCK, WIDTH, "exact").square().sum().backward()
+    found = x.grad.clone(), bias.grad.clone()
+    x.grad = bias.grad = None
+    torch.nn.functional.linear(x, dense, bias).square().sum().backward()
+    torch.testing.assert_close(found[0], x.grad, rtol=2e-3, atol=2e-3)  # fp16 centroids and activations, forward
+    torch.testing.assert_close(found[1], bias.grad, rtol=2e-3, atol=2e-3)
+
+
+def test_gradient_of_rotation():
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda v: torch.ops.hlwq.rotate(v, BLOCK), x, eps=1e-3, atol=1e-3)
+
+
+def test_compiles_without_graph_breaks(weight):
+    def function(x, ids):
+        rows = torch.ops.hlwq.embedding(ids, *weight, BITS, BLOCK, WIDTH, torch.float32)
+        return torch.ops.hlwq.linear(rows + x, *weight, None, BITS, BLOCK, WIDTH, "int8")
+
+    x, ids = torch.randn(WIDTH), torch.tensor([0, 19])
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(x, ids), function(x, ids))
+
+
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (2, "gemm"), (64, "gemm"), (65, "dequantize")])
+def test_pick(rows: int, kernel: str):
+    assert ops.pick(rows) == kernel
+
+
+def test_unknown_mode_is_refused(weight):
+    with pytest.raises(ValueError, match="mode is 'fast'; the modes are exact, int8"):
+        torch.ops.hlwq.linear(torch.randn(1, WIDTH), *weight, None, BITS, BLOCK, WIDTH, "fast")
