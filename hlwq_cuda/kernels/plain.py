@@ -54,13 +54,17 @@ def decode(codes, norms, table, bits: int, block_size: int, mode: str = "exact")
 
 def linear(x, codes, norms, table, bias, bits: int, block_size: int, in_features: int, mode: str) -> torch.Tensor:
     """[..., K] -> [..., N]; see ops.linear."""
-    rows = x.reshape(-1, in_features)
-    values, scales, _ = quantize_activation(rows, block_size, mode)
-    activation = (values.float().view(len(rows), -1, block_size) * scales[..., None]).flatten(-2)
-    out = activation @ decode(codes, norms, table, bits, block_size, mode).T
+    activation = quantize_activation(x.reshape(-1, in_features), block_size, mode)
+    out = multiply(activation, codes, norms, table, bits, block_size, mode)
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def multiply(activation: Activation, codes, norms, table, bits: int, block_size: int, mode: str) -> torch.Tensor:
+    """Activations as kernels read them [M, Kp] times the weight: float32 [M, N]."""
+    blocks = activation.values.float().unflatten(-1, (-1, block_size)) * activation.scales[..., None]
+    return blocks.flatten(-2) @ decode(codes, norms, table, bits, block_size, mode).T
 
 
 def dequantize(codes, norms, table, bits: int, block_size: int, in_features: int, dtype, rotated: bool) -> torch.Tensor:
