@@ -1,58 +1,196 @@
-"""`python -m convert`: quantize a model directory."""
+"""`python -m convert`: quantize a model, or look at a quantized one with `inspect` and `verify`."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # one BLAS thread each: the conversion runs its own, and the environment is read when numpy loads
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
+from convert import describe
+from convert.checkpoint import Checkpoint
+from convert.encoders import DEFAULT_ENCODER, ENCODERS
 from convert.errors import ConvertError
-from convert.format import FormatError
-from convert.pipeline import convert
+from convert.format import BLOCK_SIZES, SUPPORTED_BITS, FormatError
+from convert.pipeline import convert, output_config
 from convert.plan import make_plan
-from convert.recipe import make_recipe
+from convert.recipe import DEFAULT_BITS, make_recipe
 from convert.source import open_source, refuse_quantized
 from convert.target import TARGETS, open_target
+from convert.tensors import DTYPES
+from convert.verify import verify, work
 from convert.writer import check_output
+
+UNQUANTIZED_DTYPES = {"float32": DTYPES["F32"], "float16": DTYPES["F16"], "bfloat16": DTYPES["BF16"]}
+PROGRESS_DELAY_S = 2.0  # shorter work shows no bar
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m convert")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--output", required=True, type=Path)
-    parser.add_argument("--target", choices=TARGETS, required=True)
-    parser.add_argument("--bits", type=int, default=4)
-    parser.add_argument("--recipe", default="uniform")
-    parser.add_argument("--embed-bits", type=int)
-    parser.add_argument("--head-bits", type=int)
-    parser.add_argument("--block-size", type=int)
-    arguments = parser.parse_args(argv)
+    """Run the command line; returns the exit code: 0, 1 for a refused or failed run, 130 for an interrupted one."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"inspect": (_inspect_parser, _inspect), "verify": (_verify_parser, _verify)}
+    parser, run = commands.get(arguments[0] if arguments else "", (_convert_parser, _convert))
+    if run is not _convert:
+        arguments.pop(0)
     try:
-        check_output(arguments.output)
-        recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
-        source = open_source(arguments.model)
+        return run(parser().parse_args(arguments))
+    except (ConvertError, FormatError) as error:
+        return _fail(str(error))
+    except OSError as error:
+        place = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{place}{error.strerror or error}")
+    except KeyboardInterrupt:
+        print("interrupted; repeat the command to go on from the finished files", file=sys.stderr)
+        return 130
+
+
+def _convert_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m convert",
+        description="Quantize a language model by Hadamard rotation and Lloyd-Max codebooks (docs/format.md).",
+        epilog="Other commands: python -m convert inspect DIR; python -m convert verify DIR [--against SOURCE]",
+    )
+    bits = ", ".join(map(str, SUPPORTED_BITS))
+    add = parser.add_argument
+    add("--model", required=True, help="a model directory, a Hub id, or a .gguf file")
+    add("--output", type=Path, help="directory to create; what exists is never overwritten")
+    add("--target", choices=TARGETS, required=True, help="mlx: names of mlx-lm; cuda: names of transformers and vLLM")
+    add("--recipe", default="uniform", help="uniform (default), seeds, or a JSON or YAML file of patterns and bits")
+    add("--bits", type=int, default=DEFAULT_BITS, help=f"bits of recipe uniform: {bits} (default {DEFAULT_BITS})")
+    add("--embed-bits", type=int, help="bits of the embedding")
+    add("--head-bits", type=int, help="bits of the output head; a tied embedding takes the larger of the two")
+    add("--block-size", type=int, choices=BLOCK_SIZES, help="weights a norm (default: the largest that divides K)")
+    add(
+        "--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help=f"how codes are chosen (default {DEFAULT_ENCODER})"
+    )
+    add("--dtype", choices=UNQUANTIZED_DTYPES, help="dtype of what stays unquantized (default: the source's)")
+    add("--revision", help="revision of a Hub model")
+    add("--token", help="access token of the Hub (default: the one that huggingface_hub has stored)")
+    add("--max-shard-size", type=parse_size, default="5GB", help="largest output file, e.g. 500MB (default 5GB)")
+    add("--plan", action="store_true", help="only print what would be written; reads no weight")
+    add("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def _inspect_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert inspect", description="Show what an HLWQ directory holds.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def _verify_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m convert verify", description="Check an HLWQ directory.")
+    parser.add_argument("directory", type=Path)
+    parser.add_argument("--against", metavar="SOURCE", help="what it was made from: adds the error of every tensor")
+    parser.add_argument("--revision", help="revision of a Hub model")
+    parser.add_argument("--token", help="access token of the Hub")
+    parser.add_argument("--json", action="store_true", help="print one JSON document instead of text")
+    return parser
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    output: Path | None = arguments.output
+    if output is None and not arguments.plan:
+        raise ConvertError("--output is missing: name the directory to create, or ask for --plan")
+    if output is not None:
+        check_output(output)
+    recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
+    dtype = UNQUANTIZED_DTYPES.get(arguments.dtype)
+    staging = None if output is None or arguments.plan else _staging_beside(output)
+    with open_source(arguments.model, staging=staging, revision=arguments.revision, token=arguments.token) as source:
         refuse_quantized(source.directory)
         target = open_target(arguments.target, source.directory)
-        plan = make_plan(target.tensors, recipe, arguments.block_size)
-        report = convert(
-            target,
-            plan,
-            arguments.output,
-            source_identity=source.identity,
-            max_shard_bytes=5 * 10**9,
-            threads=os.cpu_count() or 1,
-        )
-    except (ConvertError, FormatError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(f"{report.output}: {report.bits_per_weight:.3f} bits a weight, {report.seconds:.1f} s")
+        plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
+        if output is None or arguments.plan:
+            document = describe.plan_document(plan, output_config(target, plan))
+            _print(arguments, document, describe.plan_text(document))
+            return 0
+        with _progress(plan.weights, "weights") as progress:
+            report = convert(
+                target,
+                plan,
+                output,
+                encoder=arguments.encoder,
+                source_identity=source.identity,
+                max_shard_bytes=arguments.max_shard_size,
+                threads=_cores(),
+                progress=progress,
+            )
+    _print(arguments, describe.report_document(report), describe.report_text(report))
     return 0
+
+
+def _inspect(arguments: argparse.Namespace) -> int:
+    document = describe.checkpoint_document(Checkpoint.open(arguments.directory))
+    _print(arguments, document, describe.checkpoint_text(document))
+    return 0
+
+
+def _verify(arguments: argparse.Namespace) -> int:
+    checkpoint = Checkpoint.open(arguments.directory)
+    if arguments.against is None:
+        with _progress(work(checkpoint, None), "bytes") as progress:
+            verdict = verify(checkpoint, None, _cores(), progress)
+    else:
+        staging = _staging_beside(arguments.directory)
+        with open_source(
+            arguments.against, staging=staging, revision=arguments.revision, token=arguments.token
+        ) as source:
+            target = open_target("mlx" if checkpoint.quantization.base_model_type else "cuda", source.directory)
+            with _progress(work(checkpoint, target), "weights") as progress:
+                verdict = verify(checkpoint, target, _cores(), progress)
+    _print(arguments, describe.verdict_document(verdict), describe.verdict_text(verdict))
+    return 1 if verdict.problems else 0
+
+
+def _staging_beside(directory: Path) -> Path:
+    """Where a GGUF is decoded to, on the disk of the output."""
+    directory = directory.absolute()
+    return directory.with_name(f"{directory.name}.source")
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `100kB` or a number of bytes."""
+    units = {"GB": 10**9, "MB": 10**6, "KB": 10**3}
+    number, unit = (text[:-2], text[-2:].upper()) if text[-2:].upper() in units else (text, "")
+    try:
+        size = int(float(number) * units.get(unit, 1))
+    except (ValueError, OverflowError):
+        size = 0
+    if size <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 5GB or 500MB")
+    return size
+
+
+@contextmanager
+def _progress(total: int, unit: str) -> Iterator[Callable[[int], object]]:
+    """A bar with rate and time left on a terminal, after two seconds; nothing elsewhere."""
+    from tqdm import tqdm
+
+    quiet = not sys.stderr.isatty()
+    with tqdm(total=total, unit=f" {unit}", unit_scale=True, delay=PROGRESS_DELAY_S, disable=quiet) as bar:
+        yield bar.update
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _print(arguments: argparse.Namespace, document: dict, text: str) -> None:
+    print(json.dumps(document) if arguments.json else text)
+
+
+def _fail(message: str) -> int:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return 1
 
 
 if __name__ == "__main__":

@@ -59,3 +59,4 @@ def _midpoints(bits: int) -> np.ndarray:
 
 
 ENCODERS: dict[str, Encoder] = {"plain": encode_plain, "search": search.encode}
+DEFAULT_ENCODER = "search"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from convert.encoders import ENCODERS, Encoder
+from convert.encoders import DEFAULT_ENCODER, ENCODERS, Encoder
 from convert.errors import ConvertError
 from convert.format import codes_name, norms_name
 from convert.packing import pack
@@ -24,7 +24,7 @@ from convert.writer import Staging, cut_shards
 
 TASK_WEIGHTS = 2**21  # weights a task: 8 MB of float32, so that tens of tasks in flight stay far below a gigabyte
 
-Progress = Callable[[int], None]  # called with the number of weights just written
+Progress = Callable[[int], object]  # called with the number of weights just written
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def convert(
     output: Path,
     *,
     source_identity: object,
-    encoder: str = "search",
+    encoder: str = DEFAULT_ENCODER,
     max_shard_bytes: int,
     threads: int,
     progress: Progress = lambda weights: None,
@@ -61,7 +61,7 @@ def convert(
     """Write `plan` to `output`. `source_identity` (JSON) tells one source from another when a run is resumed."""
     started = time.monotonic()
     shards = cut_shards(plan, max_shard_bytes)
-    config = target.config(plan.quantization())
+    config = output_config(target, plan)
     layout = [(shard.name, [(*map(str, shard_tensor.stored),) for shard_tensor in shard.tensors]) for shard in shards]
     staging = Staging(output, _fingerprint([source_identity, encoder, config, layout]))
     resumed = 0
@@ -80,6 +80,20 @@ def convert(
                     progress(_size(task))
     staging.finish(shards, target.files(), config)
     return Report(output, plan.weights, plan.nbytes, plan.bits_per_weight, resumed, time.monotonic() - started)
+
+
+def output_config(target: Target, plan: Plan) -> dict:
+    """config.json of the output; where it names the dtype of the weights it names the one that --dtype asked for."""
+    config = target.config(plan.quantization())
+    if plan.dtype is None:
+        return config
+    parts = {key: part for key, part in config.items() if isinstance(part, dict) and key.endswith("_config")}
+    del parts["quantization_config"]
+    return {**_with_dtype(config, plan.dtype), **{key: _with_dtype(part, plan.dtype) for key, part in parts.items()}}
+
+
+def _with_dtype(config: dict, dtype: np.dtype) -> dict:
+    return {key: dtype.name if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
 
 
 def _tasks(planned: PlannedTensor) -> Iterator[Task]:

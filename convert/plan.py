@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,22 +11,9 @@ from convert.codebook import codebook
 from convert.errors import ConvertError
 from convert.format import ModuleSpec, QuantizationConfig, codes_name, default_block_size, norms_name
 from convert.recipe import Recipe, check_fused
+from convert.shard import StoredTensor
 from convert.target import Kind, OutputTensor
 from convert.tensors import is_float
-
-
-@dataclass(frozen=True)
-class StoredTensor:
-    """One tensor of an output file."""
-
-    name: str
-    dtype: np.dtype
-    shape: tuple[int, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes in the file."""
-        return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -60,6 +46,7 @@ class Plan:
     """Every tensor of the output in order of writing."""
 
     tensors: tuple[PlannedTensor, ...]
+    dtype: np.dtype | None = None  # what --dtype asked for
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:
@@ -110,7 +97,7 @@ def make_plan(
     )
     if not any(each.spec for each in planned):
         raise ConvertError("nothing to quantize: the model has no linear layer or embedding that the recipe covers")
-    return Plan(planned)
+    return Plan(planned, dtype)
 
 
 def _plan_tensor(

@@ -23,9 +23,10 @@ SEEDS: dict[str, int | None] = {
     "*.down_proj": 4,
     "*.o_proj": 6,
     "*.out_proj": 6,
+    "*lm_head": 6,
+    "*embed_out": 6,
     "*": 5,
 }
-SEEDS_EMBED_BITS, SEEDS_HEAD_BITS = 5, 6
 
 # Linears that read the same input and that engines join into one matrix: one tensor has one bit width.
 FUSED = (
@@ -75,7 +76,7 @@ def make_recipe(
     if name == "uniform":
         return Recipe(name, {"*": bits}, embed_bits, head_bits)
     if name == "seeds":
-        return Recipe(name, SEEDS, embed_bits or SEEDS_EMBED_BITS, head_bits or SEEDS_HEAD_BITS)
+        return Recipe(name, SEEDS, embed_bits, head_bits)
     patterns = read_patterns(Path(name))
     patterns.setdefault("*", bits)  # last, so it serves what nothing else matches
     return Recipe(name, patterns, embed_bits, head_bits)

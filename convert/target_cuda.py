@@ -6,31 +6,30 @@ What may be quantized is decided from names, shapes and config.json, without tor
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from convert.architectures import is_known
 from convert.checkpoint import read_config
 from convert.errors import ConvertError
-from convert.format import QuantizationConfig
+from convert.format import BLOCK_SIZES, QuantizationConfig
 from convert.target import Kind, OutputTensor
 from convert.tensors import INDEX_NAME, TensorInfo, is_float, read, read_tensors
 
-MIN_WEIGHTS = 256  # smaller tensors are not worth their names
+MIN_WEIGHTS = 256  # norms, gates and biases of a few hundred values are not worth a codebook
+MIN_IN_FEATURES = min(BLOCK_SIZES)  # a shorter row would be mostly padding
 EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings", "tok_embeddings", "embeddings", "embed_in")
 HEADS = ("lm_head", "embed_out", "output")
-# parts of a name that mark a router, a convolution or a layer whose weight is not used as a plain matrix
 ROUTERS = ("gate", "router", "shared_expert_gate", "wg")
-NOT_TEXT = (
-    "visual", "vision_tower", "vision_model", "vision_encoder", "vision_embed_tokens", "vit", "image_newline",
-    "multi_modal_projector", "mm_projector", "connector", "audio_tower", "audio_model", "audio_encoder", "embed_audio",
-    "embed_vision", "mtp",
-)  # fmt: skip
-# these models keep [in, out] in their linears (transformers' Conv1D), or [experts, in, out] in their stacks
+EXPERT_STACKS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj")
+NOT_TEXT = ("visual", "vision", "image", "audio", "speech", "multi_modal", "mm_projector", "vit", "mtp")
+KEEP_DTYPE = ("A_log", "D", "dt_bias", "e_score_correction_bias")  # kept in float32 on purpose by those who train them
+# transformers' Conv1D stores [in, out], and these expert stacks are [experts, in, out]: blocks along the last axis
+# would mix outputs, and the modules that read them expect no codes
 TRANSPOSED_LINEARS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
 TRANSPOSED_EXPERTS = ("gpt_oss", "llama4", "llama4_text", "aria", "aria_text", "openai_privacy_filter")
-KEEP_DTYPE = ("A_log", "dt_bias", "e_score_correction_bias", "D")
+COPIED = (".json", ".txt", ".model", ".jinja", ".py", ".tiktoken")
 
 
 class CudaTarget:
@@ -41,19 +40,13 @@ class CudaTarget:
     def __init__(self, directory: Path) -> None:
         self._directory = directory
         self._config = read_config(directory)
+        _check_architecture(directory, self._config)
         self._infos = read_tensors(directory)
-        model_type = self._config.get("model_type")
-        if not isinstance(model_type, str):
-            raise ConvertError(f"{directory / 'config.json'}: no model_type; the architecture is unknown")
-
-    @cached_property
-    def tensors(self) -> Sequence[OutputTensor]:
-        """Everything to write, in the order of the source."""
-        tied = text_config(self._config).get("tie_word_embeddings", self._config.get("tie_word_embeddings", False))
-        return [
+        tied = text_config(self._config).get("tie_word_embeddings", self._config.get("tie_word_embeddings"))
+        self.tensors: Sequence[OutputTensor] = [
             self._describe(name, info)
             for name, info in self._infos.items()
-            if not (tied and name.removesuffix(".weight").rpartition(".")[2] in HEADS)
+            if not (tied and _leaf(name) in HEADS)  # a tied table is stored once, under the embedding's name
         ]
 
     def read(self, tensor: OutputTensor, rows: slice) -> np.ndarray:
@@ -65,21 +58,20 @@ class CudaTarget:
         return {**self._config, "quantization_config": quantization.to_dict()}
 
     def files(self) -> Mapping[str, Path | str]:
-        """Tokenizer, generation config, chat template, license: every small file of the source but the weights."""
-        skipped = {"config.json", INDEX_NAME, "README.md"}
+        """Tokenizer, generation config, chat template, license, remote code: what lies beside the weights."""
+        skipped = {"config.json", INDEX_NAME}
         return {
             path.name: path
             for path in sorted(self._directory.iterdir())
             if path.is_file()
             and path.name not in skipped
-            and not path.name.startswith(".")
-            and path.suffix in (".json", ".txt", ".model", ".jinja", ".py", ".md", "")
+            and (path.suffix in COPIED or path.name.startswith(("LICENSE", "NOTICE")))
         }
 
     def _describe(self, name: str, info: TensorInfo) -> OutputTensor:
         kind, reason = classify(name, info, self._config)
-        keep = name.rpartition(".")[2] in KEEP_DTYPE
-        return OutputTensor(name, info.shape, info.dtype, f"{info.path}: tensor {name}", kind, reason, keep)
+        keep_dtype = name.rpartition(".")[2] in KEEP_DTYPE
+        return OutputTensor(name, info.shape, info.dtype, f"{info.path}: tensor {name}", kind, reason, keep_dtype)
 
 
 def text_config(config: Mapping) -> Mapping:
@@ -91,28 +83,53 @@ def text_config(config: Mapping) -> Mapping:
 def classify(name: str, info: TensorInfo, config: Mapping) -> tuple[Kind | None, str]:
     """What a tensor is, or None and why it keeps its dtype."""
     parts = name.removesuffix(".weight").split(".")
+    leaf = parts[-1]
     if not is_float(info.dtype):
         return None, "not floating"
-    if info.size < MIN_WEIGHTS:
+    if info.size < MIN_WEIGHTS or len(info.shape) < 2:
         return None, "small"
-    if any(part in NOT_TEXT for part in parts):
+    if info.shape[-1] < MIN_IN_FEATURES:
+        return None, f"rows shorter than {MIN_IN_FEATURES}"
+    if any(word in part for part in parts for word in NOT_TEXT):
         return None, "not text"
-    if len(info.shape) == 3 and "experts" in parts:
-        return _classify_experts(parts[-1], info.shape, config)
+    if len(info.shape) == 3 and leaf in EXPERT_STACKS:
+        return _classify_experts(leaf, info.shape, config)
     if len(info.shape) != 2 or not name.endswith(".weight"):
         return None, "not a matrix"
-    if parts[-1] in EMBEDDINGS:
+    if leaf in EMBEDDINGS:
         return Kind.EMBEDDING, ""
-    if parts[-1] in HEADS:
+    if leaf in HEADS:
         return Kind.HEAD, ""
-    if parts[-1] in ROUTERS:
+    if leaf in ROUTERS or "router" in parts:
         return None, "router"
-    if "norm" in parts[-1] or "conv" in parts[-1] or "emb" in parts[-1] or parts[-1] in ("wpe", "dt_proj"):
+    if any(word in leaf for word in ("norm", "conv", "emb", "wpe", "bias")) or leaf == "dt_proj":
         return None, "not a linear layer"
-    if config.get("model_type") in TRANSPOSED_LINEARS:
+    if _model_types(config) & set(TRANSPOSED_LINEARS):
         return None, "stored transposed"
     return Kind.LINEAR, ""
 
 
 def _classify_experts(leaf: str, shape: tuple[int, ...], config: Mapping) -> tuple[Kind | None, str]:
+    """Stacks are quantized if they are [experts, out, in] for sure: by architecture and by the model's width."""
+    hidden = text_config(config).get("hidden_size")
+    width = shape[1] if leaf == "down_proj" else shape[2]
+    if width != hidden or _model_types(config) & set(TRANSPOSED_EXPERTS):
+        return None, "stored transposed"
     return Kind.EXPERTS, ""
+
+
+def _model_types(config: Mapping) -> set[object]:
+    return {config.get("model_type"), text_config(config).get("model_type")}
+
+
+def _leaf(name: str) -> str:
+    return name.removesuffix(".weight").rpartition(".")[2]
+
+
+def _check_architecture(directory: Path, config: Mapping) -> None:
+    model_type = config.get("model_type")
+    if not isinstance(model_type, str) or not (is_known(model_type) or "auto_map" in config):
+        raise ConvertError(
+            f"{directory / 'config.json'}: the architecture (model_type {model_type!r}) is unknown; "
+            "a newer transformers may know it: pip install --upgrade transformers"
+        )

@@ -14,13 +14,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import numpy as np
 
 from convert.errors import ConvertError
-from convert.plan import Plan, PlannedTensor, StoredTensor
-from convert.tensors import DTYPE_NAMES, INDEX_NAME
+from convert.plan import Plan, PlannedTensor
+from convert.shard import ShardFile
+from convert.tensors import INDEX_NAME
 
 CHECKSUMS_NAME = "SHA256SUMS"  # the format of the sha256sum command
 JOURNAL_NAME = "journal.json"
@@ -48,37 +46,6 @@ def cut_shards(plan: Plan, max_bytes: int) -> list[Shard]:
         return [Shard("model.safetensors", tuple(groups[0]))]
     total = len(groups)
     return [Shard(f"model-{i:05}-of-{total:05}.safetensors", tuple(group)) for i, group in enumerate(groups, 1)]
-
-
-class ShardFile:
-    """An open safetensors file whose header is written first; tensors are filled in any order, row by row."""
-
-    def __init__(self, file: BinaryIO, tensors: Sequence[StoredTensor], metadata: Mapping[str, str]) -> None:
-        # widest elements first: every tensor is aligned to its dtype without holes, which the format forbids
-        ordered = sorted(tensors, key=lambda tensor: -tensor.dtype.itemsize)
-        header: dict = {"__metadata__": dict(metadata)}
-        offsets: dict[str, tuple[int, StoredTensor]] = {}
-        end = 0
-        for tensor in ordered:
-            start, end = end, end + tensor.nbytes
-            offsets[tensor.name] = (start, tensor)
-            header[tensor.name] = {
-                "dtype": DTYPE_NAMES[tensor.dtype],
-                "shape": list(tensor.shape),
-                "data_offsets": [start, end],
-            }
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(file.tell() + end)
-        self._file, self._offsets, self._data_start = file, offsets, 8 + len(text)
-
-    def write(self, name: str, first_row: int, data: np.ndarray) -> None:
-        """Put `data` at index `first_row` of the first axis of tensor `name`."""
-        start, tensor = self._offsets[name]
-        row_bytes = tensor.nbytes // tensor.shape[0] if tensor.shape and tensor.shape[0] else 0
-        self._file.seek(self._data_start + start + first_row * row_bytes)
-        self._file.write(np.ascontiguousarray(data).view(np.uint8).reshape(-1).data)
 
 
 class Staging:
