@@ -21,7 +21,7 @@ class Activation(NamedTuple):
 
     values: torch.Tensor  # fp16 or int8 [M, Kp]
     scales: torch.Tensor  # float32 [M, Kp / B]; holds both factors 1 / sqrt(B): of the rotation and of the centroids
-    offsets: torch.Tensor  # float32 [M, Kp / 32]: scale * sum(values) / 2 of each chunk, for int8 entries (tables.py)
+    half_sums: torch.Tensor  # float32 [M, Kp / 32]: sum(values) / 2 of each chunk, for int8 entries (tables.py)
 
 
 def rotate(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -42,9 +42,8 @@ def quantize_activation(x: torch.Tensor, block_size: int, mode: str) -> Activati
     else:
         scales = torch.exp2(torch.frexp(largest).exponent.float())
         values = (sums / scales).to(torch.float16)
-    scales = scales / block_size
-    offsets = scales * values.float().unflatten(-1, (-1, CHUNK)).sum(-1) / 2
-    return Activation(values.flatten(-2), scales.flatten(-2), offsets.flatten(-2))
+    half_sums = values.float().unflatten(-1, (-1, CHUNK)).sum(-1) / 2
+    return Activation(values.flatten(-2), (scales / block_size).flatten(-2), half_sums.flatten(-2))
 
 
 def decode(codes, norms, table, bits: int, block_size: int, mode: str = "exact") -> torch.Tensor:
