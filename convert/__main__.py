@@ -23,7 +23,7 @@ from convert.pipeline import convert, output_config
 from convert.plan import make_plan
 from convert.recipe import DEFAULT_BITS, make_recipe
 from convert.source import open_source, refuse_quantized
-from convert.target import TARGETS, open_target
+from convert.target import STYLES, TARGETS, open_target
 from convert.tensors import DTYPES
 from convert.verify import verify, work
 from convert.writer import check_output
@@ -62,6 +62,13 @@ def _convert_parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a model directory, a Hub id, or a .gguf file")
     add("--output", type=Path, help="directory to create; what exists is never overwritten")
     add("--target", choices=TARGETS, required=True, help="mlx: names of mlx-lm; cuda: names of transformers and vLLM")
+    add(
+        "--style",
+        choices=STYLES,
+        default=STYLES[0],
+        help="mlx only. package (default): mlx-lm runs it where hlwq-mlx is installed; "
+        "shim: brings its own loader file, mlx-lm needs --trust-remote-code",
+    )
     add("--recipe", default="uniform", help="uniform (default), seeds, or a JSON or YAML file of patterns and bits")
     add("--bits", type=int, default=DEFAULT_BITS, help=f"bits of recipe uniform: {bits} (default {DEFAULT_BITS})")
     add("--embed-bits", type=int, help="bits of the embedding")
@@ -107,7 +114,7 @@ def _convert(arguments: argparse.Namespace) -> int:
     staging = None if output is None or arguments.plan else _staging_beside(output)
     with open_source(arguments.model, staging=staging, revision=arguments.revision, token=arguments.token) as source:
         refuse_quantized(source.directory)
-        target = open_target(arguments.target, source.directory)
+        target = open_target(arguments.target, source.directory, arguments.style)
         plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
         if output is None or arguments.plan:
             document = describe.plan_document(plan, output_config(target, plan))

@@ -15,9 +15,11 @@ from typing import Protocol
 
 import numpy as np
 
+from convert.errors import ConvertError
 from convert.format import QuantizationConfig
 
 TARGETS = ("mlx", "cuda")
+STYLES = ("package", "shim")  # mlx: the installed package, or a loader file in the directory (--trust-remote-code)
 
 
 class Kind(Enum):
@@ -75,12 +77,14 @@ class Target(Protocol):
         ...
 
 
-def open_target(name: str, directory: Path) -> Target:
-    """The target `name` for the model in `directory`."""
+def open_target(name: str, directory: Path, style: str = STYLES[0]) -> Target:
+    """The target `name` for the model in `directory`; `style` is how mlx-lm finds our loader."""
     if name == "cuda":
+        if style != STYLES[0]:
+            raise ConvertError(f"--style {style} is for --target mlx; leave it out")
         from convert.target_cuda import CudaTarget
 
         return CudaTarget(directory)
-    from convert.target_mlx import MlxTarget  # pyright: ignore[reportMissingImports]
+    from convert.target_mlx import MlxTarget
 
-    return MlxTarget(directory)
+    return MlxTarget(directory, style)

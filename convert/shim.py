@@ -1,0 +1,82 @@
+"""`--style shim`: one Python file that brings hlwq_mlx along, for machines where the package is not installed.
+
+mlx-lm runs the file that config.json names as `model_file` when it is given --trust-remote-code. Ours holds the sources
+of this installation as text, copied at conversion time, and a loader that imports from that text. The only change is a
+prefix on our own imports, so that they never meet an installed hlwq_mlx or another package called `convert`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from pathlib import Path
+
+FILE_NAME = "hlwq_model.py"
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("convert", "hlwq_mlx")
+# of `convert`, what hlwq_mlx imports; of hlwq_mlx, all but what belongs to an installation
+CONVERT_FILES = ("convert/__init__.py", "convert/format.py")
+LEFT_OUT = ("finder.py", "__main__.py")
+SUFFIXES = (".py", ".metal", ".h", ".cu", ".cuh")
+_OWN_IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PACKAGES)})\b", re.MULTILINE)
+
+_LOADER = '''\
+"""How mlx-lm loads this model with --trust-remote-code: the sources of hlwq-mlx (Apache-2.0), bundled when it was made.
+
+Written by python -m convert --style shim. For machines where the package is installed, convert without that flag.
+"""
+
+import importlib.abc
+import importlib.util
+import sys
+
+PREFIX = "@PREFIX@"
+
+
+class Bundle(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
+    """Imports PREFIX.* from SOURCES."""
+
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == PREFIX and self.get_filename(name) in SOURCES:
+            return importlib.util.spec_from_loader(name, self)
+        return None
+
+    def get_filename(self, name):
+        path = name.replace(".", "/")
+        return f"{path}/__init__.py" if f"{path}/__init__.py" in SOURCES else f"{path}.py"
+
+    def get_data(self, path):
+        if path not in SOURCES:
+            raise OSError(f"{path}: not in the bundle")
+        return SOURCES[path].encode()
+
+
+SOURCES = {
+@SOURCES@}
+
+if PREFIX not in sys.modules:
+    sys.meta_path.append(Bundle())
+model = importlib.import_module(f"{PREFIX}.hlwq_mlx.model")
+Model, ModelArgs = model.Model, model.ModelArgs
+'''
+
+
+def loader_source() -> str:
+    """The text of the loader file, the same for every model that one installation converts."""
+    paths = [ROOT / name for name in CONVERT_FILES] + sorted(
+        path for path in (ROOT / "hlwq_mlx").rglob("*") if path.suffix in SUFFIXES and path.name not in LEFT_OUT
+    )
+    texts = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in paths}
+    digest = hashlib.sha256(repr(sorted(texts.items())).encode()).hexdigest()
+    prefix = f"hlwq_bundled_{digest[:8]}"  # two models made by different releases can live in one process
+    sources = {f"{prefix}/__init__.py": ""}
+    for name, text in texts.items():
+        sources[f"{prefix}/{name}"] = _OWN_IMPORT.sub(rf"\1\2 {prefix}.\3", text) if name.endswith(".py") else text
+    entries = "".join(f"    {name!r}: {_literal(text)},\n" for name, text in sources.items())
+    return _LOADER.replace("@PREFIX@", prefix).replace("@SOURCES@", entries)
+
+
+def _literal(text: str) -> str:
+    """A string literal that reads like the file: escaped only where it must be."""
+    escaped = text.replace("\\", "\\\\").replace("'''", "\\'\\'\\'")
+    return f"'''\\\n{escaped}'''"

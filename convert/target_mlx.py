@@ -1,0 +1,281 @@
+"""The target for mlx-lm: the names that its model class has after its own `sanitize`.
+
+mlx-lm's architectures rename, transpose, stack and drop tensors when they load a source. This target runs that very
+code on arrays that are not read yet (MLX is lazy), then writes what comes out, so that nothing needs doing at load.
+Most results are a source tensor under a new name, or a stack of such: those are read from the file by rows. The rest
+(a transposed weight, a norm plus one) is evaluated by MLX, one tensor at a time.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from convert.checkpoint import read_config
+from convert.errors import ConvertError
+from convert.format import QuantizationConfig
+from convert.shim import FILE_NAME, loader_source
+from convert.target import Kind, OutputTensor
+from convert.target_cuda import HEADS, KEEP_DTYPE, MIN_WEIGHTS, NOT_TEXT, ROUTERS, CudaTarget
+from convert.tensors import TensorInfo, read, read_tensors
+
+MODEL_TYPE = "hlwq"
+EVALUATED_BYTES = 2**28  # MLX keeps what it has evaluated; above this the arrays are made anew
+SANITIZE_ERRORS = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    RuntimeError,
+)  # what foreign code raises on unexpected tensors
+
+
+class MlxTarget:
+    """The source as mlx-lm names it."""
+
+    format = "mlx"
+
+    def __init__(self, directory: Path, style: str = "package") -> None:
+        self._directory = directory
+        self._style = style
+        self._config = read_config(directory)
+        self._infos = read_tensors(directory)
+        self._mlx = _Architecture(directory, self._config, self._infos)
+        self.tensors: Sequence[OutputTensor] = [self._describe(name) for name in self._mlx.names]
+
+    def read(self, tensor: OutputTensor, rows: slice) -> np.ndarray:
+        """A range of the tensor's first axis."""
+        return self._mlx.read(tensor.name, rows)
+
+    def config(self, quantization: QuantizationConfig) -> dict:
+        """The source's config under our model_type, which mlx-lm looks up; the source's is in quantization_config."""
+        model_type = self._config["model_type"]
+        quantization = replace(quantization, base_model_type=model_type)
+        config = {**self._config, "quantization_config": quantization.to_dict()}
+        if self._style == "shim":
+            return {**config, "model_file": FILE_NAME}
+        return {**config, "model_type": MODEL_TYPE}
+
+    def files(self) -> Mapping[str, Path | str]:
+        """The source's small files, and with --style shim the loader."""
+        files = dict(CudaTarget(self._directory).files())
+        if self._style == "shim":
+            files[FILE_NAME] = loader_source()
+        return files
+
+    def _describe(self, name: str) -> OutputTensor:
+        shape, dtype = self._mlx.shape_and_dtype(name)
+        kind, reason = self._classify(name, shape)
+        keep = name.rpartition(".")[2] in KEEP_DTYPE or not self._mlx.may_cast(name)
+        return OutputTensor(name, shape, dtype, self._mlx.where(name), kind, reason, keep)
+
+    def _classify(self, name: str, shape: tuple[int, ...]) -> tuple[Kind | None, str]:
+        """What a tensor is by the class of the layer that owns it, or None and why it keeps its dtype."""
+        layer = self._mlx.layer_class(name)
+        parts = name.removesuffix(".weight").split(".")
+        if layer not in ("Linear", "Embedding", "SwitchLinear") or not name.endswith(".weight"):
+            return None, "not a linear layer or embedding"
+        if np.prod(shape) < MIN_WEIGHTS:
+            return None, "small"
+        if any(part in NOT_TEXT for part in parts):
+            return None, "not text"
+        if layer == "SwitchLinear":
+            return Kind.EXPERTS, ""
+        if layer == "Embedding":
+            is_position = parts[-1] == "wpe" or "pos" in parts[-1]
+            return (None, "positions") if is_position else (Kind.EMBEDDING, "")
+        if parts[-1] in ROUTERS:
+            return None, "router"
+        return (Kind.HEAD if parts[-1] in HEADS else Kind.LINEAR), ""
+
+
+class _Architecture:
+    """mlx-lm's model class for a source, and the source's tensors as that class wants them.
+
+    All of MLX runs on one thread of its own, because its streams belong to the thread that made them.
+    """
+
+    def __init__(self, directory: Path, config: dict, infos: Mapping[str, TensorInfo]) -> None:
+        self._directory = directory
+        self._infos = infos
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx")
+        self._latest: dict[str, np.ndarray] = {}  # the last two evaluated tensors: tasks overlap at a boundary
+        self._lock = threading.Lock()
+        self._run(self._load, config)
+
+    @property
+    def names(self) -> list[str]:
+        """The tensors of the sanitized model."""
+        return list(self._plain)
+
+    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
+        """Known without reading."""
+        return self._shapes[name], self._dtypes[name]
+
+    def where(self, name: str) -> str:
+        """The source's file and tensor."""
+        parts = self._plain[name]
+        info = self._infos[parts[0]] if parts else None
+        return f"{info.path}: tensor {parts[0]}" if info and parts else f"{self._directory}: tensor {name}"
+
+    def layer_class(self, name: str) -> str:
+        """The class of the layer that owns a tensor, "" for one that is not exactly of that class."""
+        return self._layers.get(name.rpartition(".")[0], "")
+
+    def may_cast(self, name: str) -> bool:
+        """False for tensors that mlx-lm's model wants in their own dtype."""
+        return self._cast_predicate(name)
+
+    def read(self, name: str, rows: slice) -> np.ndarray:
+        """A range of the first axis."""
+        sources = self._plain[name]
+        if not sources:
+            return self._evaluated(name)[rows] if self._shapes[name] else self._evaluated(name)
+        if name not in self._stacked:
+            return read(self._infos[sources[0]], rows)
+        return np.stack([read(self._infos[source]) for source in sources[rows]])
+
+    def _run(self, function: Callable, *args: Any) -> Any:
+        return self._thread.submit(function, *args).result()
+
+    def _load(self, config: dict) -> None:
+        core, nn, utils, switch_linear = _import_mlx()
+        self._mx = core
+        model_type = config.get("model_type")
+        with core.stream(core.cpu):
+            try:
+                model_class, args_class = utils._get_classes(config=config)
+                self._model_class, self._args = model_class, args_class.from_dict(config)
+                model = model_class(self._args)
+                self._weights, self._recorded = self._sanitize(model)
+            except SANITIZE_ERRORS as error:
+                reason = f"{type(error).__name__}: {error}"
+                raise ConvertError(
+                    f"{self._directory}: mlx-lm cannot load this as model_type {model_type!r} ({reason}); "
+                    "is the architecture known to the installed mlx-lm, and is the checkpoint whole?"
+                ) from None
+        self._cast_predicate = getattr(model, "cast_predicate", lambda name: True)
+        classes = {nn.Linear: "Linear", nn.Embedding: "Embedding", switch_linear: "SwitchLinear"}
+        self._layers = {path: classes.get(type(module), "") for path, module in model.named_modules()}
+        self._check_names(model)
+        self._shapes = {name: tuple(array.shape) for name, array in self._weights.items()}
+        self._dtypes = {name: _numpy_dtype(array.dtype) for name, array in self._weights.items()}
+        self._find_plain()
+
+    def _sanitize(self, model: Any) -> tuple[dict[str, Any], _Recorded]:
+        loaded: dict[str, Any] = {}
+        for path in sorted({info.path for info in self._infos.values()}):
+            loaded.update(self._mx.load(str(path)))
+        loaded = {name: array for name, array in loaded.items() if name in self._infos}
+        recorded = _Recorded({id(array): name for name, array in loaded.items()}, list(loaded.values()), {})
+        with _recording_stacks(self._mx, recorded):
+            weights = model.sanitize(loaded) if hasattr(model, "sanitize") else loaded
+        return weights, recorded
+
+    def _check_names(self, model: Any) -> None:
+        from mlx.utils import tree_flatten
+
+        expected = {name for name, _ in tree_flatten(model.parameters())}
+        for names, what in (
+            (expected - set(self._weights), "is missing in the source"),
+            (set(self._weights) - expected, "of the source belongs to no layer of mlx-lm's model"),
+        ):
+            if names:
+                raise ConvertError(f"{self._directory}: tensor {min(names)} {what}; is the checkpoint whole?")
+
+    def _find_plain(self) -> None:
+        """Which source tensors each result is made of when it is a plain copy or a plain stack of them."""
+        by_id, stacks = self._recorded.source_by_id, self._recorded.stacks
+        self._plain: dict[str, list[str]] = {}
+        self._stacked: set[str] = set()
+        for name, array in self._weights.items():
+            if id(array) in by_id:
+                self._plain[name] = [by_id[id(array)]]
+            elif id(array) in stacks and all(id(part) in by_id for part in stacks[id(array)][1]):
+                self._plain[name] = [by_id[id(part)] for part in stacks[id(array)][1]]
+                self._stacked.add(name)
+            else:
+                self._plain[name] = []
+        self._evaluated_bytes = 0
+
+    def _evaluated(self, name: str) -> np.ndarray:
+        with self._lock:
+            if name not in self._latest:
+                while len(self._latest) > 1:
+                    self._latest.pop(next(iter(self._latest)))
+                self._latest[name] = self._run(self._evaluate, name)
+            return self._latest[name]
+
+    def _evaluate(self, name: str) -> np.ndarray:
+        with self._mx.stream(self._mx.cpu):
+            if self._evaluated_bytes > EVALUATED_BYTES:
+                self._weights, self._recorded = self._sanitize(self._model_class(self._args))
+                self._evaluated_bytes = 0
+            array = self._weights[name]
+            self._mx.eval(array)
+            self._evaluated_bytes += array.nbytes
+            return _to_numpy(self._mx, array)
+
+
+class _Recorded:
+    """What `sanitize` did: the loaded arrays, and the stacks along the first axis that it made."""
+
+    def __init__(self, source_by_id: dict[int, str], loaded: list, stacks: dict[int, tuple[Any, list]]) -> None:
+        self.source_by_id = source_by_id
+        self.loaded = loaded  # held so that no id is used again
+        self.stacks = stacks  # id of the result -> (result, parts)
+
+
+@contextmanager
+def _recording_stacks(core: Any, recorded: _Recorded) -> Iterator[None]:
+    """While `sanitize` runs, note which arrays mx.stack joins: experts can then be read one by one.
+
+    MLX has no way to ask an unevaluated array for its inputs, and evaluating one row of a stack evaluates all of it.
+    """
+    original = core.stack
+
+    def stack(arrays: Sequence, axis: int = 0, **kwargs: Any) -> Any:
+        arrays = list(arrays)
+        result = original(arrays, axis, **kwargs)
+        if axis == 0:
+            recorded.stacks[id(result)] = (result, arrays)
+        return result
+
+    core.stack = stack
+    try:
+        yield
+    finally:
+        core.stack = original
+
+
+def _import_mlx() -> tuple[Any, Any, Any, Any]:
+    try:
+        import mlx.core
+        import mlx.nn
+        from mlx_lm import utils
+        from mlx_lm.models.switch_layers import SwitchLinear
+    except ImportError as error:
+        raise ConvertError(
+            f"--target mlx needs mlx-lm ({error}); install the extra: hlwq-mlx[mlx] on a Mac, "
+            "hlwq-mlx[mlx-cpu] or hlwq-mlx[mlx-cuda] on Linux"
+        ) from None
+    return mlx.core, mlx.nn, utils, SwitchLinear
+
+
+def _numpy_dtype(dtype: Any) -> np.dtype:
+    name = str(dtype).removeprefix("mlx.core.")
+    return np.dtype(ml_dtypes.bfloat16) if name == "bfloat16" else np.dtype(name.removesuffix("_"))
+
+
+def _to_numpy(core: Any, array: Any) -> np.ndarray:
+    if array.dtype == core.bfloat16:  # numpy has no such dtype to exchange it by
+        return np.array(array.view(core.uint16)).view(ml_dtypes.bfloat16)
+    return np.array(array)

@@ -1,0 +1,153 @@
+"""Layers that compute from packed codes: drop-in for nn.Linear, nn.Embedding and mlx-lm's SwitchLinear.
+
+Parameters are the tensors of docs/format.md: `weight_codes`, `weight_norms` and, where the source has one, `bias`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from hlwq_mlx import ops
+
+if TYPE_CHECKING:
+    from hlwq_mlx.checkpoint import ModuleSpec
+
+
+class _Quantized(nn.Module):
+    """Codes and norms of a matrix [*rows, K], rows = (N,) or (experts, N), and the dtype it had in the source."""
+
+    # mlx-lm counts the parameters of a layer that has `bits` as weight.size * 32 // bits, and `weight` is decoded here
+    bits = 32
+
+    def __init__(self, rows: tuple[int, ...], spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.dtype = dtype
+        self.weight_codes = mx.zeros((*rows, spec.words), mx.uint32)
+        self.weight_norms = mx.zeros((*rows, spec.blocks), mx.float16)
+        self._table = ops.centroids(codebook, spec)  # "_": not a parameter
+        self._kept: _Kept | None = None
+        self.freeze()
+
+    @property
+    def weight(self) -> mx.array:
+        """The decoded weight [*rows, K]: for the few architectures that read a layer's weight instead of calling it."""
+        return ops.decode(self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
+
+    def unfreeze(self, *args, **kwargs) -> nn.Module:
+        """Codes and norms have no gradient: they stay frozen, as in mlx.nn's quantized layers."""
+        super().unfreeze(*args, **kwargs)
+        return self.freeze(recurse=False)
+
+    def _decoded(self) -> mx.array:
+        """`ops.decode_for_cpu` of this layer, kept until the parameters are replaced."""
+        source = (self.weight_codes, self.weight_norms)
+        if self._kept is None or not self._kept.made_from(source):
+            decoded = ops.decode_for_cpu(*source, self._table, self.spec)
+            try:
+                mx.eval(decoded)
+            except ValueError:
+                # mx.compile is tracing a step that has the parameters as inputs: they are placeholders, the graph
+                # decodes them at each call, and keeping one would leak it out of the trace
+                return decoded
+            self._kept = _Kept(source, decoded)
+        return self._kept.decoded
+
+    def _extra_repr(self) -> str:
+        rows = "x".join(map(str, self.weight_codes.shape[:-1]))
+        return f"{rows}x{self.spec.in_features}, bits={self.spec.bits}, block_size={self.spec.block_size}"
+
+
+class _Kept:
+    """A decoded weight and the arrays it was made from. A plain object: nn.Module would list arrays as its state."""
+
+    def __init__(self, source: tuple[mx.array, mx.array], decoded: mx.array) -> None:
+        self.source = source
+        self.decoded = decoded
+
+    def made_from(self, source: tuple[mx.array, mx.array]) -> bool:
+        # holding the arrays makes identity a safe test: no other array can take their place in memory
+        return self.source[0] is source[0] and self.source[1] is source[1]
+
+
+class _Matrix(_Quantized):
+    """A quantized [N, K] that multiplies."""
+
+    def _multiply(self, x: mx.array) -> mx.array:
+        if ops.pick(mx.default_device().type) is ops.Path.DECODED:
+            return ops.linear_decoded(x, self._decoded(), self.spec)
+        return ops.linear(x, self.weight_codes, self.weight_norms, self._table, self.spec)
+
+
+class HLWQLinear(_Matrix):
+    """y = x W^T + bias: float [..., K] -> [..., N]."""
+
+    def __init__(
+        self, out_features: int, spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype, bias: bool = False
+    ) -> None:
+        super().__init__((out_features,), spec, codebook, dtype)
+        if bias:
+            self.bias = mx.zeros((out_features,), dtype)
+        self.freeze()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        y = self._multiply(x)
+        return y + self.bias if "bias" in self else y
+
+
+class HLWQEmbedding(_Matrix):
+    """Rows of W: integer [...] -> [..., K]; `as_linear` is the output head of a model with tied embeddings."""
+
+    def __init__(self, vocabulary: int, spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype) -> None:
+        super().__init__((vocabulary,), spec, codebook, dtype)
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        return ops.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
+
+    def as_linear(self, x: mx.array) -> mx.array:
+        """y = x W^T: float [..., K] -> [..., vocabulary]."""
+        return self._multiply(x)
+
+
+class HLWQSwitchLinear(_Quantized):
+    """y = x W[index]^T + bias[index]: float [..., M, K] and integer [...] -> [..., M, N]."""
+
+    def __init__(
+        self,
+        rows: tuple[int, int],  # experts, N
+        spec: ModuleSpec,
+        codebook: Sequence[float],
+        dtype: mx.Dtype,
+        bias: bool = False,
+    ) -> None:
+        super().__init__(rows, spec, codebook, dtype)
+        if bias:
+            self.bias = mx.zeros(rows, dtype)
+        self.freeze()
+
+    @property
+    def num_experts(self) -> int:
+        """Experts in the stack."""
+        return self.weight_codes.shape[0]
+
+    @property
+    def output_dims(self) -> int:
+        """N."""
+        return self.weight_codes.shape[1]
+
+    @property
+    def input_dims(self) -> int:
+        """K."""
+        return self.spec.in_features
+
+    def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        if ops.pick(mx.default_device().type) is ops.Path.DECODED:
+            y = ops.gather_linear_decoded(x, self._decoded(), self.spec, indices, sorted_indices)
+        else:
+            packed = (self.weight_codes, self.weight_norms, self._table, self.spec)
+            y = ops.gather_linear(x, *packed, indices, sorted_indices)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
