@@ -60,7 +60,7 @@ def read_config(directory: Path) -> dict:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise FormatError(f"{path}: the file is missing; is this a model directory?") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: not valid JSON ({error})") from None
     if not isinstance(config, dict):
         raise FormatError(f"{path}: not a JSON object")

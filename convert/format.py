@@ -30,11 +30,11 @@ class ModuleSpec:
     in_features: int
 
     def __post_init__(self) -> None:
-        if self.bits not in SUPPORTED_BITS:
+        if type(self.bits) is not int or self.bits not in SUPPORTED_BITS:
             raise FormatError(f"bits is {self.bits!r}; the format has {', '.join(map(str, SUPPORTED_BITS))}")
-        if self.block_size not in BLOCK_SIZES:
+        if type(self.block_size) is not int or self.block_size not in BLOCK_SIZES:
             raise FormatError(f"block_size is {self.block_size!r}; the format has {', '.join(map(str, BLOCK_SIZES))}")
-        if not isinstance(self.in_features, int) or self.in_features < 1:
+        if type(self.in_features) is not int or self.in_features < 1:
             raise FormatError(f"in_features is {self.in_features!r}; it must be a positive integer")
 
     @property
@@ -107,7 +107,7 @@ class QuantizationConfig:
         method, version = quant.get("quant_method"), quant.get("format_version")
         if method != QUANT_METHOD:
             raise FormatError(f"{where}: quant_method is {method!r}, not {QUANT_METHOD!r}")
-        if version != FORMAT_VERSION:
+        if type(version) is not int or version != FORMAT_VERSION:
             raise FormatError(
                 f"{where}: format_version is {version!r}, this release reads {FORMAT_VERSION}; "
                 "update the package or convert the model again"
@@ -157,6 +157,7 @@ def _parse_module(name: str, entry: object, where: str) -> ModuleSpec:
 def _parse_codebook(key: str, table: object, where: str) -> tuple[int, tuple[float, ...]]:
     values = tuple(table) if isinstance(table, (list, tuple)) else ()
     numbers = all(isinstance(value, (int, float)) and math.isfinite(value) for value in values)
-    if not key.isdigit() or len(values) != 2 ** int(key) or not numbers or list(values) != sorted(set(values)):
-        raise FormatError(f"{where}: codebook {key!r} must be 2**bits ascending finite numbers")
-    return int(key), values
+    bits = next((bits for bits in SUPPORTED_BITS if str(bits) == key), None)
+    if bits is None or len(values) != 2**bits or not numbers or list(values) != sorted(set(values)):
+        raise FormatError(f"{where}: codebook {key!r} must be 2**bits ascending finite numbers, for bits of the format")
+    return bits, values

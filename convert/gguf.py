@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import ml_dtypes
 import numpy as np
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, writing
 from convert.gguf_tokenizer import tokenizer_files
 from convert.shard import ShardFile, StoredTensor
 
@@ -72,7 +72,8 @@ def decode_gguf(path: Path, directory: Path, weights: bool = True) -> None:
     config = _config(path, reader, architecture, hyper, dtype)
     tensors = [_rename(path, tensor, architecture, config) for tensor in reader.tensors if tensor.name != ROPE_FACTORS]
     directory.mkdir(parents=True)
-    with (directory / "model.safetensors").open("wb") as file:
+    weights_path = directory / "model.safetensors"
+    with writing(weights_path), weights_path.open("wb") as file:
         shard = ShardFile(file, [StoredTensor(each.name, dtype, each.shape) for each in tensors], {"format": "pt"})
         for each in tensors if weights else ():
             for first_row, data in _decode(path, each):

@@ -25,15 +25,15 @@ def pack(codes: np.ndarray, bits: int) -> np.ndarray:
     for step, (low, width) in enumerate(_STEPS):
         used = bits << step  # bits of a field that carry codes
         lanes = (lanes & np.uint64(low)) | ((lanes >> np.uint64(width)) & np.uint64(low)) << np.uint64(used)
-    stream = lanes[..., None].view(np.uint8)[..., :bits]
-    return np.ascontiguousarray(stream).reshape(*codes.shape[:-1], -1).view(np.uint32)
+    stream = np.ascontiguousarray(lanes[..., None].view(np.uint8)[..., :bits])
+    return stream.reshape(*codes.shape[:-1], codes.shape[-1] // 8 * bits).view(np.uint32)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:
     """uint32 words [..., W], whole blocks of 32 codes a row -> uint8 codes [..., W * 32 / bits]."""
     if words.dtype != np.uint32 or words.shape[-1] % bits:
         raise ValueError(f"words must be uint32 with a last axis of whole {bits}s, got {words.dtype} {words.shape}")
-    stream = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:-1], -1, bits)
+    stream = np.ascontiguousarray(words).view(np.uint8).reshape(*words.shape[:-1], words.shape[-1] * 4 // bits, bits)
     lanes = np.zeros((*stream.shape[:-1], 8), np.uint8)
     lanes[..., :bits] = stream
     lanes = lanes.view(np.uint64)[..., 0]

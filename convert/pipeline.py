@@ -62,23 +62,22 @@ def convert(
     started = time.monotonic()
     shards = cut_shards(plan, max_shard_bytes)
     config = output_config(target, plan)
-    layout = [(shard.name, [(*map(str, shard_tensor.stored),) for shard_tensor in shard.tensors]) for shard in shards]
-    staging = Staging(output, _fingerprint([source_identity, encoder, config, layout]))
-    resumed = 0
-    with ThreadPoolExecutor(threads) as pool:
-        for shard in shards:
-            if staging.is_finished(shard):
-                resumed += 1
-                progress(sum(planned.tensor.size for planned in shard.tensors))
-                continue
-            with staging.shard(shard, {"format": target.format}) as file:
-                work = (task for planned in shard.tensors for task in _tasks(planned))
-                run = _runner(target, ENCODERS[encoder])
-                for task, arrays in _in_order(pool, run, work, ahead=2 * threads):
-                    for name, data in arrays.items():
-                        file.write(name, task.rows.start, data)
-                    progress(_size(task))
-    staging.finish(shards, target.files(), config)
+    layout = [(shard.name, [str(planned.stored) for planned in shard.tensors]) for shard in shards]
+    run = _runner(target, ENCODERS[encoder])
+    with Staging(output, _fingerprint([source_identity, encoder, config, layout])) as staging:
+        missing = [shard for shard in shards if not staging.is_finished(shard)]
+        staging.require_space(missing)
+        progress(sum(planned.tensor.size for shard in shards if shard not in missing for planned in shard.tensors))
+        with ThreadPoolExecutor(threads) as pool:
+            for shard in missing:
+                tasks = (task for planned in shard.tensors for task in _tasks(planned))
+                with staging.shard(shard, {"format": target.format}) as file:
+                    for task, arrays in _in_order(pool, run, tasks, ahead=2 * threads):
+                        for name, data in arrays.items():
+                            file.write(name, task.rows.start, data)
+                        progress(_size(task))
+        staging.finish(shards, target.files(), config)
+    resumed = len(shards) - len(missing)
     return Report(output, plan.weights, plan.nbytes, plan.bits_per_weight, resumed, time.monotonic() - started)
 
 

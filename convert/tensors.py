@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,34 +78,27 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         tensors = {name: _parse_entry(path, name, entry, 8 + length, size) for name, entry in header.items()}
     except FileNotFoundError:
         raise FormatError(f"{path}: the file is missing; download it again") from None
-    except (ValueError, AttributeError) as error:
-        if isinstance(error, FormatError):
-            raise
-        raise FormatError(f"{path}: the safetensors header is damaged ({error}); download the file again") from None
+    except FormatError:
+        raise
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError) as error:
+        raise FormatError(f"{path}: the safetensors header is damaged ({error!r}); download the file again") from None
     return tensors
 
 
 def read_tensors(directory: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a model directory: the index's shards, else all `model*.safetensors`.
+    """Every tensor of a model directory: where its index says, else in any of its `model*.safetensors`.
 
-    FormatError names a missing shard, a tensor that the index promises and no shard has, or an empty directory.
+    FormatError names a missing shard, a tensor that the index promises and no shard has, a tensor that is in two
+    files, or an empty directory.
     """
-    index_path = directory / INDEX_NAME
-    if not index_path.exists():
-        paths = sorted(directory.glob("model*.safetensors"))
-        if not paths:
-            raise FormatError(f"{directory}: no model*.safetensors file; is this a model directory?")
-        return {name: info for path in paths for name, info in read_header(path).items()}
-    try:
-        weight_map = json.loads(index_path.read_text(encoding="utf-8"))["weight_map"]
-        shards = {name: directory / shard for name, shard in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise FormatError(f"{index_path}: not a safetensors index ({error!r}); download it again") from None
-    tensors = {name: info for path in sorted(set(shards.values())) for name, info in read_header(path).items()}
-    absent = sorted(set(shards) - set(tensors))
-    if absent:
-        raise FormatError(f"{shards[absent[0]]}: tensor {absent[0]} of the index is not in the file; download it again")
-    return tensors
+    if not (directory / INDEX_NAME).exists():
+        return _read_without_index(directory)
+    shards = _read_index(directory / INDEX_NAME)
+    headers = {shard: read_header(directory / shard) for shard in sorted(set(shards.values()))}
+    for name, shard in shards.items():
+        if name not in headers[shard]:
+            raise FormatError(f"{directory / shard}: tensor {name} of the index is not in the file; download it again")
+    return {name: headers[shard][name] for name, shard in shards.items()}
 
 
 def read(info: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
@@ -118,6 +112,43 @@ def read(info: TensorInfo, rows: slice = slice(None)) -> np.ndarray:
     if data.size != math.prod(shape):
         raise FormatError(f"{info.path}: the file ended inside a tensor; was it changed during the run?")
     return data.reshape(shape)
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    """The file of every tensor: {tensor name: file name}."""
+    try:
+        shards = {str(name): str(shard) for name, shard in json.loads(path.read_text("utf-8"))["weight_map"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise FormatError(f"{path}: not a safetensors index ({error!r}); download it again") from None
+    outside = next((shard for shard in shards.values() if Path(shard).name != shard), None)
+    if outside is not None:
+        raise FormatError(f"{path}: {outside!r} is not the name of a file beside the index")
+    return shards
+
+
+def _read_without_index(directory: Path) -> dict[str, TensorInfo]:
+    paths = sorted(directory.glob("model*.safetensors"))
+    if not paths:
+        raise FormatError(f"{directory}: no model*.safetensors file; is this a model directory?")
+    tensors: dict[str, TensorInfo] = {}
+    for path in paths:
+        _check_shard_count(path, paths)
+        for name, info in read_header(path).items():
+            if name in tensors:
+                raise FormatError(f"{path}: tensor {name} is also in {tensors[name].path.name}; which one is meant?")
+            tensors[name] = info
+    return tensors
+
+
+def _check_shard_count(path: Path, paths: list[Path]) -> None:
+    numbered = re.fullmatch(r"(model-)(\d+)-of-(\d+)(\.safetensors)", path.name)
+    if numbered is None:
+        return
+    prefix, digits, total, suffix = numbered[1], len(numbered[2]), numbered[3], numbered[4]
+    for index in range(1, int(total) + 1):
+        shard = path.with_name(f"{prefix}{index:0{digits}}-of-{total}{suffix}")
+        if shard not in paths:
+            raise FormatError(f"{shard}: the file is missing; download it again")
 
 
 def _parse_entry(path: Path, name: str, entry: dict, data_start: int, file_size: int) -> TensorInfo:

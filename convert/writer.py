@@ -6,6 +6,7 @@ takes its final name when config.json, the last file, is written. A loader accep
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from convert.errors import ConvertError
+from convert.errors import ConvertError, writing
 from convert.plan import Plan, PlannedTensor
 from convert.shard import ShardFile
 from convert.tensors import INDEX_NAME
@@ -49,7 +50,10 @@ def cut_shards(plan: Plan, max_bytes: int) -> list[Shard]:
 
 
 class Staging:
-    """The directory `OUTPUT.partial` and its journal of finished shards."""
+    """The directory `OUTPUT.partial` and its journal of finished shards, for one process at a time.
+
+    A context manager: it locks the directory, and the lock goes with the process however that ends.
+    """
 
     def __init__(self, output: Path, fingerprint: str) -> None:
         """Create the staging directory, or take it over if `fingerprint` says that the same command left it."""
@@ -63,6 +67,25 @@ class Staging:
         else:
             self.path.mkdir(parents=True)
             self._write_journal()
+        self._lock = os.open(self.path, os.O_RDONLY)
+
+    def __enter__(self) -> Staging:
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(self._lock)
+            raise ConvertError(f"{self.path}: another process is writing there; wait for it to end") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        os.close(self._lock)
+
+    def require_space(self, shards: Sequence[Shard]) -> None:
+        """Refuse to start when the disk has no room for `shards`, the ones still to write."""
+        needed = sum(planned.nbytes for shard in shards for planned in shard.tensors)
+        free = shutil.disk_usage(self.path).free
+        if needed > free:
+            raise ConvertError(f"{self.output}: needs {needed:,} bytes, and the disk has {free:,} free; make room")
 
     def is_finished(self, shard: Shard) -> bool:
         """True if an earlier run finished this shard and its bytes still have the recorded checksum."""
@@ -73,7 +96,7 @@ class Staging:
     def shard(self, shard: Shard, metadata: Mapping[str, str]) -> Iterator[ShardFile]:
         """Open a shard for writing; it is recorded as finished when the block ends without an error."""
         path = self.path / shard.name
-        with path.open("w+b") as file:
+        with writing(path), path.open("w+b") as file:
             yield ShardFile(file, [stored for planned in shard.tensors for stored in planned.stored], metadata)
             file.flush()
             os.fsync(file.fileno())
@@ -81,7 +104,7 @@ class Staging:
         self._write_journal()
 
     def finish(self, shards: Sequence[Shard], files: Mapping[str, Path | str], config: Mapping) -> None:
-        """Write the index, the other files and config.json, and give the directory its final name."""
+        """Write the index, the other files and, last, config.json, and give the directory its final name."""
         weight_map = {
             stored.name: shard.name for shard in shards for planned in shard.tensors for stored in planned.stored
         }
@@ -92,16 +115,17 @@ class Staging:
             path = self.path / name
             path.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
-                shutil.copyfile(content, path)
+                with writing(path):
+                    shutil.copyfile(content, path)
             else:
                 _write_text(path, content)
         sums = "".join(f"{self._finished[shard.name]}  {shard.name}\n" for shard in shards)
         _write_text(self.path / CHECKSUMS_NAME, sums)
         _write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
-        self._journal.unlink()
         if self.output.exists():
             self.output.rmdir()  # empty: check_output refused anything else
         self.path.rename(self.output)
+        (self.output / JOURNAL_NAME).unlink()
 
     def _read_journal(self) -> dict[str, str]:
         try:
@@ -142,7 +166,7 @@ def checksum(path: Path) -> str:
 
 
 def _write_text(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
+    with writing(path), path.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
