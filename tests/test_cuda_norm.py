@@ -30,7 +30,7 @@ def check(out: Activation, expected: np.ndarray, block: int, format: str) -> Non
     scale = out.scales.cpu().numpy().astype(np.float64).repeat(block)
     error = np.abs(got * scale - rotated)
     if format == "exact":
-        assert (np.log2(scale) % 1 == 0).all() and (peak <= scale * block * (1 + 1e-6)).all()
+        assert (peak <= scale * (1 + 1e-6)).all()  # values below 1
         assert (error <= 2**-11 * np.abs(rotated) + 2e-6 * peak).all()  # fp16 rounding, fp32 butterflies
         return
     np.testing.assert_allclose(scale, peak / 127, rtol=1e-5)

@@ -29,7 +29,7 @@ def silu_mul_kernel(
 
     gate = tl.load(gate_up + offset, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + K + offset, mask=inside, other=0.0).to(tl.float32)
-    store_activation(gate / (1.0 + tl.exp(-gate)) * up, block, block >= 0, values, scales, half_sums, K, B, FORMAT)
+    store_activation(gate / (1.0 + tl.exp(-gate)) * up, 1.0, block, values, scales, half_sums, K, B, FORMAT)
 
 
 def silu_mul(gate_up: torch.Tensor, out: Activation, block_size: int, format: str, launch: dict) -> None:

@@ -164,7 +164,7 @@ def combine_kernel(
     weight = tl.exp2(peak - tl.max(peak, 0)[None, :])
     outputs = tl.load(partial + source, mask=(column < K)[None, :] & (split[:, None] >= 0), other=0.0)
     row = tl.sum(outputs * weight, 0)[None, :] / tl.sum(total * weight, 0)[None, :]
-    store_activation(row, block, block >= 0, values, scales, half_sums, K, B, FORMAT)
+    store_activation(row, 1.0, block, values, scales, half_sums, K, B, FORMAT)
 
 
 @dataclass

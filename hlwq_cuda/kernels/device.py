@@ -41,8 +41,8 @@ def power_of_two_above(x):
 @triton.jit
 def store_activation(
     x,  # float32 [R, B], zero beyond K
+    factor,  # float32, of the whole row: it may come later than x, since only the scales need it
     block,  # int32 [R], index of each block
-    valid,  # bool [R], the rows to write
     values,  # FORMAT plain: [K]; exact: float16 [Kp]; int8: int8 [Kp]
     scales,  # float32 [Kp / B]
     half_sums,  # float32 [Kp / 32]
@@ -50,10 +50,10 @@ def store_activation(
     B: tl.constexpr,
     FORMAT: tl.constexpr,
 ):
-    """Write blocks of a linear layer's input the way its kernel reads them (plain.Activation; "plain": x itself)."""
+    """Write blocks of a linear layer's input, x * factor, as its kernel reads it (plain.Activation, or x itself)."""
     offset = block[:, None] * B + tl.arange(0, B)[None, :]
     if FORMAT == "plain":
-        tl.store(values + offset, x.to(values.dtype.element_ty), mask=valid[:, None] & (offset < K))
+        tl.store(values + offset, (x * factor).to(values.dtype.element_ty), mask=offset < K)
     else:
         x = hadamard_sums(x, B)
         largest = tl.max(tl.abs(x), 1)
@@ -62,12 +62,12 @@ def store_activation(
             x = round_to_int8(x, scale[:, None])
             chunk = block[:, None] * (B // 32) + tl.arange(0, B // 32)[None, :]
             sums = tl.sum(tl.reshape(x, [x.shape[0], B // 32, 32]), 2)
-            tl.store(half_sums + chunk, sums * 0.5, mask=valid[:, None])
+            tl.store(half_sums + chunk, sums * 0.5)
         else:
             scale, inverse = power_of_two_above(largest)
             x = x * inverse[:, None]
-        tl.store(values + offset, x.to(values.dtype.element_ty), mask=valid[:, None])
-        tl.store(scales + block, scale / B, mask=valid)
+        tl.store(values + offset, x.to(values.dtype.element_ty))
+        tl.store(scales + block, scale * (factor / B))
 
 
 @triton.jit

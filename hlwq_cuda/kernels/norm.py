@@ -2,9 +2,9 @@
 
     hidden += delta;  out = activation(hidden / sqrt(mean(hidden**2) + eps) * gain)
 
-where `activation` is what the linear layers behind the norm read: rotated and, if asked, quantized to int8 by blocks.
-One program makes one block of the output. Each needs the mean square of the whole row, which all of them compute
-again: 32 KB from L2 a program cost less than one more launch. The new hidden state goes to a second buffer, since
+where `activation` is what the linear layers behind the norm read: rotated and scaled by blocks.
+A warp makes one block of the output. Each program needs the mean square of the whole row, which all of them compute
+again: 32 KB from L2 cost less than one more launch. The new hidden state goes to a second buffer, since
 programs still read the old one.
 """
 
@@ -16,6 +16,9 @@ import triton.language as tl
 
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
+
+WARPS = 1
+TILE = 1024  # elements of the row that a warp loads at once
 
 
 @triton.jit
@@ -29,34 +32,32 @@ def norm_kernel(
     half_sums,  # float32 [Kp / 32]
     eps,
     K: tl.constexpr,
-    K_POW2: tl.constexpr,
     B: tl.constexpr,
-    COPIES: tl.constexpr,
+    TILE: tl.constexpr,
     ADD: tl.constexpr,
     FORMAT: tl.constexpr,
     PDL: tl.constexpr,
 ):
     allow_next_kernel(PDL)
-    block = tl.program_id(0)
-    # every warp works on a copy of the block, so that the rotation stays inside a warp
-    copy = tl.arange(0, COPIES)
-    offset = block * B + tl.arange(0, B)[None, :] + 0 * copy[:, None]
+    block = tl.program_id(0) + tl.arange(0, 1)
+    offset = block[:, None] * B + tl.arange(0, B)[None, :]
     inside = offset < K
     block_gain = tl.load(gain + offset, mask=inside, other=0.0).to(tl.float32)
-    row = tl.arange(0, K_POW2)
-    in_row = row < K
     wait_for_previous_kernel(PDL)
 
-    whole = tl.load(hidden + row, mask=in_row, other=0.0)
     part = tl.load(hidden + offset, mask=inside, other=0.0)
     if ADD:
-        whole += tl.load(delta + row, mask=in_row, other=0.0).to(tl.float32)
         part += tl.load(delta + offset, mask=inside, other=0.0).to(tl.float32)
-        tl.store(new_hidden + offset, part, mask=inside & (copy == 0)[:, None])
-    inverse_rms = tl.rsqrt(tl.sum(whole * whole, 0) / K + eps)
-    store_activation(
-        part * inverse_rms * block_gain, block + 0 * copy, copy == 0, values, scales, half_sums, K, B, FORMAT
-    )
+        tl.store(new_hidden + offset, part, mask=inside)
+    squares = tl.zeros((TILE,), tl.float32)
+    for start in tl.static_range(0, K, TILE):
+        column = start + tl.arange(0, TILE)
+        x = tl.load(hidden + column, mask=column < K, other=0.0)
+        if ADD:
+            x += tl.load(delta + column, mask=column < K, other=0.0).to(tl.float32)
+        squares += x * x
+    inverse_rms = tl.rsqrt(tl.sum(squares, 0) / K + eps)
+    store_activation(part * block_gain, inverse_rms, block, values, scales, half_sums, K, B, FORMAT)
 
 
 def norm(
@@ -75,8 +76,6 @@ def norm(
     Without `delta` the hidden state is read only and `new_hidden` is left alone.
     """
     size = hidden.numel()
-    padded = triton.next_power_of_2(size)
-    warps = min(8, max(1, padded // 512))
     norm_kernel[(triton.cdiv(size, block_size),)](
         hidden,
         hidden if delta is None else delta,
@@ -85,11 +84,10 @@ def norm(
         *out,
         eps,
         K=size,
-        K_POW2=padded,
         B=block_size,
-        COPIES=warps,
+        TILE=min(TILE * WARPS, triton.next_power_of_2(size)),
         ADD=delta is not None,
         FORMAT=format,
-        num_warps=warps,
+        num_warps=WARPS,
         **launch,
     )
