@@ -1,4 +1,4 @@
-"""`python -m convert`: quantize a model, or look at a quantized one with `inspect` and `verify`."""
+"""`python -m convert`: quantize a model, or look at a quantized one with `inspect`, `verify` and `eval`."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pathlib import Path
 for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
     os.environ.setdefault(_variable, "1")
 
-from convert import describe
+from convert import describe, eval_command
 from convert.checkpoint import Checkpoint
 from convert.encoders import DEFAULT_ENCODER, ENCODERS
 from convert.errors import ConvertError
@@ -35,7 +35,11 @@ PROGRESS_DELAY_S = 2.0  # shorter work shows no bar
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a refused or failed run, 130 for an interrupted one."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"inspect": (_inspect_parser, _inspect), "verify": (_verify_parser, _verify)}
+    commands = {
+        "inspect": (_inspect_parser, _inspect),
+        "verify": (_verify_parser, _verify),
+        "eval": (eval_command.parser, eval_command.run),
+    }
     parser, run = commands.get(arguments[0] if arguments else "", (_convert_parser, _convert))
     if run is not _convert:
         arguments.pop(0)
@@ -55,7 +59,8 @@ def _convert_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m convert",
         description="Quantize a language model by Hadamard rotation and Lloyd-Max codebooks (docs/format.md).",
-        epilog="Other commands: python -m convert inspect DIR; python -m convert verify DIR [--against SOURCE]",
+        epilog="Other commands: python -m convert inspect DIR; python -m convert verify DIR [--against SOURCE]; "
+        "python -m convert eval DIR --against SOURCE --text FILE",
     )
     bits = ", ".join(map(str, SUPPORTED_BITS))
     add = parser.add_argument
