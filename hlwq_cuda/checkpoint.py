@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 try:
+    from convert.checkpoint import Checkpoint, read_config
     from convert.format import (
         BLOCK_SIZES,
         FORMAT_VERSION,
@@ -23,15 +28,74 @@ except ImportError as error:
         "run from another folder, or start Python with -P"
     ) from error
 
+if TYPE_CHECKING:
+    import numpy as np
+
 __all__ = [
     "BLOCK_SIZES",
     "FORMAT_VERSION",
     "QUANT_METHOD",
     "SUPPORTED_BITS",
+    "Checkpoint",
     "FormatError",
     "ModuleSpec",
     "QuantizationConfig",
     "codes_name",
     "default_block_size",
+    "encode",
     "norms_name",
+    "open_checkpoint",
+    "plan_quantization",
+    "refuse_mlx",
 ]
+
+
+def open_checkpoint(directory: Path | str) -> Checkpoint:
+    """Check config.json and every header of a directory made with `--target cuda`.
+
+    Raises FormatError, one sentence, for a directory made for MLX and for anything that format 1 forbids.
+    """
+    directory = Path(directory)
+    refuse_mlx(read_config(directory), str(directory))
+    return Checkpoint.open(directory)
+
+
+def refuse_mlx(config: Mapping, where: str) -> None:
+    """FormatError when `config`, the config.json of the directory `where`, was written for MLX."""
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, Mapping) and quantization.get("base_model_type") is not None:
+        raise FormatError(
+            f"{where} was made for MLX, whose tensor names transformers does not know; convert the source model with "
+            "`python -m convert --target cuda --model SOURCE --output DIRECTORY`"
+        )
+
+
+def plan_quantization(
+    directory: Path | str,
+    bits: int,
+    block_size: int | None,
+    recipe: str,
+    embed_bits: int | None,
+    head_bits: int | None,
+) -> QuantizationConfig:
+    """What the converter would quantize in the unquantized model in `directory`, from headers alone."""
+    from convert.plan import make_plan
+    from convert.recipe import make_recipe
+    from convert.target import open_target
+
+    target = open_target("cuda", Path(directory))
+    return make_plan(target.tensors, make_recipe(recipe, bits, embed_bits, head_bits), block_size).quantization()
+
+
+def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [..., N, K] -> the two tensors of format 1: uint32 words, float16 norms; the converter's encoder.
+
+    Raises ValueError when the weight holds NaN or infinity.
+    """
+    from convert.encoders import ENCODERS
+    from convert.packing import pack
+
+    if encoder not in ENCODERS:
+        raise ValueError(f"encoder is {encoder!r}; the encoders are {', '.join(ENCODERS)}")
+    encoded = ENCODERS[encoder](weight, spec)
+    return pack(encoded.codes, spec.bits), encoded.norms

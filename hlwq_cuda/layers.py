@@ -24,6 +24,9 @@ class HLWQWeight(nn.Module):
     weight_codes: uint32 (format 1) or int32 (device layout) [..., N, Kp * bits / 32]
     weight_norms: float16 [..., N, Kp / B]
     table:        int32, not saved: the checkpoint's codebook in the forms that kernels read
+
+    The norms are a buffer and not a parameter because transformers takes a model's dtype from its first floating
+    parameter, and they stay float16 when a model is cast: every other dtype would round them.
     """
 
     def __init__(
@@ -41,7 +44,7 @@ class HLWQWeight(nn.Module):
         codes = torch.empty((*shape, spec.words), dtype=torch.uint32, device=device)
         norms = torch.empty((*shape, spec.blocks), dtype=torch.float16, device=device)
         self.weight_codes = nn.Parameter(codes, requires_grad=False)
-        self.weight_norms = nn.Parameter(norms, requires_grad=False)
+        self.register_buffer("weight_norms", norms)
         self.register_buffer("table", None, persistent=False)
         if self.weight_codes.device.type != "meta":
             self.table = make_table(self.codebook, spec.bits).to(device)
@@ -52,11 +55,15 @@ class HLWQWeight(nn.Module):
         A tied module sees the conversion through the shared parameter, and preparing it again changes nothing.
         """
         device = torch.device(device) if device is not None else self.weight_codes.device
-        for parameter in self.parameters(recurse=False):
-            parameter.data = parameter.data.to(device)
+        for tensor in (*self.parameters(recurse=False), self.weight_norms):
+            tensor.data = tensor.data.to(device)
         self.weight_codes.data = self.device_codes().data
-        self.table = make_table(self.codebook, self.spec.bits).to(device)
+        self.make_table(device)
         return self
+
+    def make_table(self, device: torch.device | str) -> None:
+        """The codebook on `device`; only an offloaded module, which cannot be prepared, needs it called."""
+        self.table = make_table(self.codebook, self.spec.bits).to(device)
 
     def device_codes(self) -> torch.Tensor:
         """The codes in the device layout; converted here when the module was loaded but not prepared."""
@@ -76,6 +83,13 @@ class HLWQWeight(nn.Module):
 
     def _geometry(self) -> tuple[int, int, int]:
         return self.spec.bits, self.spec.block_size, self.spec.in_features
+
+    def _apply(self, function, recurse: bool = True) -> HLWQWeight:
+        norms = self.weight_norms
+        super()._apply(function, recurse)
+        if self.weight_norms.dtype != norms.dtype:
+            self.weight_norms = norms.to(self.weight_norms.device)
+        return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
