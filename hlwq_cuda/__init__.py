@@ -3,13 +3,17 @@
     import hlwq_cuda
     model = AutoModelForCausalLM.from_pretrained(directory)
 
-Importing this package tells transformers what "hlwq" is; without it, transformers cannot read an HLWQ directory.
+Importing this package tells transformers what "hlwq" is; without it, transformers refuses an HLWQ directory.
 """
 
 from __future__ import annotations
 
-from hlwq_cuda.hf import HLWQConfig, register
+from importlib.util import find_spec
 
-__all__ = ["HLWQConfig"]
+if find_spec("transformers") is not None:  # the kernels and modules need torch alone
+    from hlwq_cuda.adapters import enable_lora
+    from hlwq_cuda.hf import HLWQConfig, register
 
-register()
+    __all__ = ["HLWQConfig", "enable_lora"]
+
+    register()

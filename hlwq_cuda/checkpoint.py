@@ -87,14 +87,15 @@ def plan_quantization(
     return make_plan(target.tensors, make_recipe(recipe, bits, embed_bits, head_bits), block_size).quantization()
 
 
-def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str) -> tuple[np.ndarray, np.ndarray]:
-    """float32 [..., N, K] -> the two tensors of format 1: uint32 words, float16 norms; the converter's encoder.
+def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str | None) -> tuple[np.ndarray, np.ndarray]:
+    """float32 [..., N, K] -> the two tensors of format 1: uint32 words, float16 norms. None: the converter's default.
 
     Raises ValueError when the weight holds NaN or infinity.
     """
-    from convert.encoders import ENCODERS
+    from convert.encoders import DEFAULT_ENCODER, ENCODERS
     from convert.packing import pack
 
+    encoder = encoder or DEFAULT_ENCODER
     if encoder not in ENCODERS:
         raise ValueError(f"encoder is {encoder!r}; the encoders are {', '.join(ENCODERS)}")
     encoded = ENCODERS[encoder](weight, spec)

@@ -49,7 +49,7 @@ from hlwq_cuda.placement import (
 class HLWQConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads, with the converter's options and its codes; or config.json's record.
 
-    bits, recipe, embed_bits, head_bits, block_size, encoder: as the flags of `python -m convert` of those names.
+    bits, recipe, embed_bits, head_bits, block_size, encoder: the flags of `python -m convert` of those names.
     `quantization` is what a quantized model holds: read from config.json, or planned when loading begins.
     """
 
@@ -60,7 +60,7 @@ class HLWQConfig(QuantizationConfigMixin):
         embed_bits: int | None = None,
         head_bits: int | None = None,
         block_size: int | None = None,
-        encoder: str = "search",
+        encoder: str | None = None,
         **stored,
     ) -> None:
         self.quant_method = QUANT_METHOD
@@ -131,6 +131,7 @@ class HLWQQuantizer(HfQuantizer):
         else:  # float32 holds every float dtype of a source: the encoder sees what the converter would read
             exact = {f"^{re.escape(key)}$" for key in self.modules}
             model._keep_in_fp32_modules_strict = {*(model._keep_in_fp32_modules_strict or ()), *exact}
+        self.experts = model.config.get_text_config()._experts_implementation
         if any(isinstance(module, HLWQExperts) for module in self.modules.values()):
             model.set_experts_implementation("eager")  # the one that asks a stack for single experts
         return model
@@ -192,10 +193,12 @@ class HLWQQuantizer(HfQuantizer):
         """Every product is one custom op."""
         return True
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
+        if not isinstance(dtype, torch.dtype):  # the config's own, which save_pretrained turns into a word
+            dtype = model.dtype
         for place in self.places.values():
             module, dense = model.get_submodule(place.path), self.dense[place.path]
-            weight = nn.Parameter(module.dequantize(dtype or model.dtype), requires_grad=False)
+            weight = nn.Parameter(module.dequantize(dtype), requires_grad=False)
             if isinstance(dense, nn.Module):
                 dense.weight = weight
             if isinstance(module, HLWQLinear):
@@ -209,6 +212,8 @@ class HLWQQuantizer(HfQuantizer):
             install(model, path, dense)
         rename_tied(model, {codes_name(path): f"{path}.weight" for path in (*self.heads, *self.heads.values())})
         model._weight_conversions = None  # transformers' own rules fit again
+        if any(isinstance(module, HLWQExperts) for module in self.modules.values()):
+            model.set_experts_implementation(self.experts)
         return model
 
 
