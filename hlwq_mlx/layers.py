@@ -18,17 +18,29 @@ if TYPE_CHECKING:
 
 
 class _Quantized(nn.Module):
-    """Codes and norms of a matrix [*rows, K], rows = (N,) or (experts, N), and the dtype it had in the source."""
+    """Codes and norms of a matrix [*rows, K], where rows is (N,), or (experts, N) for a stack.
+
+    `dtype` is what the model computes in: of the bias, of embedded rows and of `weight`.
+    """
 
     # mlx-lm counts the parameters of a layer that has `bits` as weight.size * 32 // bits, and `weight` is decoded here
     bits = 32
 
-    def __init__(self, rows: tuple[int, ...], spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype) -> None:
+    def __init__(
+        self,
+        rows: tuple[int, ...],
+        spec: ModuleSpec,
+        codebook: Sequence[float],  # 2**b ascending centroids
+        dtype: mx.Dtype,
+        bias: bool = False,
+    ) -> None:
         super().__init__()
         self.spec = spec
         self.dtype = dtype
         self.weight_codes = mx.zeros((*rows, spec.words), mx.uint32)
         self.weight_norms = mx.zeros((*rows, spec.blocks), mx.float16)
+        if bias:
+            self.bias = mx.zeros(rows, dtype)
         self._table = ops.centroids(codebook, spec)  # "_": not a parameter
         self._kept: _Kept | None = None
         self.freeze()
@@ -86,14 +98,6 @@ class _Matrix(_Quantized):
 class HLWQLinear(_Matrix):
     """y = x W^T + bias: float [..., K] -> [..., N]."""
 
-    def __init__(
-        self, out_features: int, spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype, bias: bool = False
-    ) -> None:
-        super().__init__((out_features,), spec, codebook, dtype)
-        if bias:
-            self.bias = mx.zeros((out_features,), dtype)
-        self.freeze()
-
     def __call__(self, x: mx.array) -> mx.array:
         y = self._multiply(x)
         return y + self.bias if "bias" in self else y
@@ -101,9 +105,6 @@ class HLWQLinear(_Matrix):
 
 class HLWQEmbedding(_Matrix):
     """Rows of W: integer [...] -> [..., K]; `as_linear` is the output head of a model with tied embeddings."""
-
-    def __init__(self, vocabulary: int, spec: ModuleSpec, codebook: Sequence[float], dtype: mx.Dtype) -> None:
-        super().__init__((vocabulary,), spec, codebook, dtype)
 
     def __call__(self, ids: mx.array) -> mx.array:
         return ops.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
@@ -115,19 +116,6 @@ class HLWQEmbedding(_Matrix):
 
 class HLWQSwitchLinear(_Quantized):
     """y = x W[index]^T + bias[index]: float [..., M, K] and integer [...] -> [..., M, N]."""
-
-    def __init__(
-        self,
-        rows: tuple[int, int],  # experts, N
-        spec: ModuleSpec,
-        codebook: Sequence[float],
-        dtype: mx.Dtype,
-        bias: bool = False,
-    ) -> None:
-        super().__init__(rows, spec, codebook, dtype)
-        if bias:
-            self.bias = mx.zeros(rows, dtype)
-        self.freeze()
 
     @property
     def num_experts(self) -> int:

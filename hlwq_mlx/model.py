@@ -14,6 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import mlx_lm
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import utils
 from mlx_lm.models.switch_layers import SwitchLinear
@@ -22,6 +23,7 @@ from hlwq_mlx.checkpoint import FormatError, QuantizationConfig, check_module, c
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
 
 CODES, NORMS = "weight_codes", "weight_norms"
+QUANTIZED_TYPES = {SwitchLinear: HLWQSwitchLinear, nn.Embedding: HLWQEmbedding, nn.Linear: HLWQLinear}
 
 
 @dataclass
@@ -38,7 +40,13 @@ class ModelArgs:
         quantization = parse(config)
         base_config = {key: value for key, value in config.items() if key != "quantization_config"}
         base_config["model_type"] = quantization.base_model_type
-        base_class, base_args_class = utils._get_classes(config=base_config)
+        try:
+            base_class, base_args_class = utils._get_classes(config=base_config)
+        except ValueError:
+            raise FormatError(
+                f"config.json: {quantization.base_model_type!r} is not an architecture of mlx-lm {mlx_lm.__version__}; "
+                "update mlx-lm"
+            ) from None
         return cls(base_class, base_args_class.from_dict(base_config), quantization)
 
 
@@ -78,7 +86,10 @@ def _replace(model: nn.Module, quantization: QuantizationConfig, weights: Mappin
     for path, spec in quantization.modules.items():
         if path not in modules:
             raise FormatError(f"config.json: module {path} is not a layer of the model; convert the model again")
-        old, codebook = modules[path], quantization.codebooks[spec.bits]
+        old = modules[path]
+        quantized_type = next((new for plain, new in QUANTIZED_TYPES.items() if isinstance(old, plain)), None)
+        if quantized_type is None:
+            raise FormatError(f"config.json: {path} is a {type(old).__name__}, which cannot be quantized")
         *rows, in_features = old.weight.shape
         if in_features != spec.in_features:
             raise FormatError(
@@ -86,15 +97,8 @@ def _replace(model: nn.Module, quantization: QuantizationConfig, weights: Mappin
                 "convert the model again"
             )
         check_module(weights, path, spec, tuple(rows))
-        if isinstance(old, SwitchLinear):
-            new = HLWQSwitchLinear(tuple(rows), spec, codebook, dtype, "bias" in old)
-        elif isinstance(old, nn.Embedding):
-            new = HLWQEmbedding(*rows, spec, codebook, dtype)
-        elif isinstance(old, nn.Linear):
-            new = HLWQLinear(*rows, spec, codebook, dtype, "bias" in old)
-        else:
-            raise FormatError(f"config.json: {path} is a {type(old).__name__}, which cannot be quantized")
-        layers.append((path, new))
+        codebook = quantization.codebooks[spec.bits]
+        layers.append((path, quantized_type(tuple(rows), spec, codebook, dtype, bias="bias" in old)))
     model.update_modules(tree_unflatten(layers))
 
 

@@ -74,7 +74,7 @@ def test_rotate(block_size: int, in_features: int):
 @pytest.mark.parametrize("in_features", WIDTHS)
 def test_linear(bits: int, block_size: int, in_features: int):
     case = Case((67,), in_features, bits, block_size)
-    layer = case.fill(HLWQLinear(67, case.spec, case.codebook, mx.float32))
+    layer = case.fill(HLWQLinear((67,), case.spec, case.codebook, mx.float32))
     for shape in ((1,), (2, 5)):
         x = case.x(*shape)
         expected = matmul(x, case.encoded, case.spec, case.codebook)
@@ -96,7 +96,7 @@ def test_linear_in_chunks(monkeypatch: pytest.MonkeyPatch):
 
 def test_bias_and_nan():
     case = Case((9,), 96, 4, 32)
-    layer = case.fill(HLWQLinear(9, case.spec, case.codebook, mx.float32, bias=True))
+    layer = case.fill(HLWQLinear((9,), case.spec, case.codebook, mx.float32, bias=True))
     bias = case.rng.standard_normal(9).astype(np.float32)
     layer.bias = mx.array(bias)
     x = case.x(4)
@@ -111,13 +111,13 @@ def test_bias_and_nan():
 @pytest.mark.parametrize("in_features", WIDTHS)
 def test_embedding(bits: int, in_features: int):
     case = Case((31,), in_features, bits)
-    layer = case.fill(HLWQEmbedding(31, case.spec, case.codebook, mx.float32))
+    layer = case.fill(HLWQEmbedding((31,), case.spec, case.codebook, mx.float32))
     ids = np.array([[3, 3, 0], [30, 1, 7]])
     assert error(layer(mx.array(ids)), case.weight[ids]) < FLOAT32
     assert (np.array(layer(mx.array([0]))) == 0).all()
     x = case.x(2)
     assert error(layer.as_linear(mx.array(x)), matmul(x, case.encoded, case.spec, case.codebook)) < FLOAT32
-    half = case.fill(HLWQEmbedding(31, case.spec, case.codebook, mx.bfloat16))(mx.array(ids))
+    half = case.fill(HLWQEmbedding((31,), case.spec, case.codebook, mx.bfloat16))(mx.array(ids))
     assert half.dtype == mx.bfloat16 and error(half, case.weight[ids]) < BFLOAT16
 
 
@@ -151,7 +151,7 @@ def test_pick_keeps_decoded_weights_on_the_cpu_only():
 
 def test_kept_weight_follows_the_parameters():
     case = Case((8,), 128, 4)
-    layer = case.fill(HLWQLinear(8, case.spec, case.codebook, mx.float32))
+    layer = case.fill(HLWQLinear((8,), case.spec, case.codebook, mx.float32))
     x = case.x(2)
     assert error(layer(mx.array(x)), x @ case.weight.T) < FLOAT32
     layer.load_weights([("weight_codes", case.codes[::-1]), ("weight_norms", case.norms[::-1])])
@@ -161,7 +161,7 @@ def test_kept_weight_follows_the_parameters():
 def test_compiled_step_with_the_parameters_as_inputs():
     """As mlx_lm.lora compiles its training step: inside the trace the parameters are placeholders."""
     case = Case((8,), 128, 4)
-    layer = case.fill(HLWQLinear(8, case.spec, case.codebook, mx.float32))
+    layer = case.fill(HLWQLinear((8,), case.spec, case.codebook, mx.float32))
     step = mx.compile(lambda x: layer(x), inputs=layer.state)
     for _ in range(2):
         x = case.x(2)
@@ -171,7 +171,7 @@ def test_compiled_step_with_the_parameters_as_inputs():
 
 def test_gradient_of_the_input():
     case = Case((8,), 200, 4)
-    layer = case.fill(HLWQLinear(8, case.spec, case.codebook, mx.float32))
+    layer = case.fill(HLWQLinear((8,), case.spec, case.codebook, mx.float32))
     x, weights = case.x(3), case.rng.standard_normal((3, 8)).astype(np.float32)
     gradient = mx.grad(lambda x: (layer(x) * mx.array(weights)).sum())(mx.array(x))
     assert error(gradient, weights.astype(np.float64) @ case.weight) < FLOAT32
@@ -179,7 +179,7 @@ def test_gradient_of_the_input():
 
 def test_layer_is_a_quantized_layer_to_mlx():
     case = Case((8,), 200, 5)
-    layer = case.fill(HLWQLinear(8, case.spec, case.codebook, mx.float32, bias=True))
+    layer = case.fill(HLWQLinear((8,), case.spec, case.codebook, mx.float32, bias=True))
     assert not layer.trainable_parameters()
     layer.unfreeze()
     assert not layer.trainable_parameters()
