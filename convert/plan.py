@@ -115,7 +115,7 @@ def _plan_tensor(
 def legal_tensor_parallel(plan: Plan, config: Mapping, largest: int = 16) -> list[int]:
     """Degrees by which every quantized matrix and every attention head can be split without moving a block."""
     text = config.get("text_config", config)
-    heads = text.get("num_attention_heads", 1)
+    heads = text.get("num_attention_heads") or text.get("n_head") or 1
     kv_heads = text.get("num_key_value_heads") or heads
     degrees = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
     return [

@@ -87,9 +87,7 @@ def read_patterns(path: Path) -> dict[str, int | None]:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise ConvertError(
-            f"--recipe is neither uniform nor seeds nor a readable file: {path} ({error.strerror})"
-        ) from None
+        raise ConvertError(f"--recipe {path}: not uniform, not seeds, not a readable file ({error.strerror})") from None
     patterns = _parse(path, text)
     if not isinstance(patterns, dict) or not patterns:
         raise ConvertError(f'{path}: a recipe maps patterns to bits, for example {{"*.down_proj": 5, "*": 4}}')
