@@ -49,7 +49,10 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + bias: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
     check_mode(mode, bits)
-    return plain.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode)
+    arguments = (x, codes, norms, table, bias, bits, block_size, in_features, mode)
+    if x.is_cuda:
+        return _gpu().linear(*arguments, pick(x.numel() // in_features))
+    return plain.linear(*arguments)
 
 
 @linear.register_fake
@@ -86,7 +89,8 @@ def embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of the weight, rotated back: integer ids [...] -> [..., K] of `dtype`."""
-    return plain.embedding(ids, codes, norms, table, bits, block_size, in_features, dtype)
+    body = _gpu() if codes.is_cuda else plain
+    return body.embedding(ids, codes, norms, table, bits, block_size, in_features, dtype)
 
 
 @embedding.register_fake
@@ -106,7 +110,8 @@ def dequantize(
     rotated: bool,
 ) -> torch.Tensor:
     """The weight [N, K] of `dtype`; with `rotated` in the rotated basis, [N, Kp]: what a rotated activation needs."""
-    return plain.dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated)
+    body = _gpu() if codes.is_cuda else plain
+    return body.dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated)
 
 
 @dequantize.register_fake
@@ -118,7 +123,7 @@ def _(codes, norms, table, bits, block_size, in_features, dtype, rotated):
 @torch.library.custom_op("hlwq::rotate", mutates_args=())
 def rotate(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """Every block of B times H_B (its own inverse): [..., K] -> [..., Kp], same dtype, zeros appended."""
-    return plain.rotate(x, block_size)
+    return (_gpu() if x.is_cuda else plain).rotate(x, block_size)
 
 
 @rotate.register_fake
@@ -143,3 +148,12 @@ def check_mode(mode: str, bits: int) -> None:
         raise ValueError(f"mode is {mode!r}; the modes are {', '.join(MODES)}")
     if mode == "int8" and bits > INT8_MAX_BITS:
         raise ValueError(f"mode int8 serves 2 to {INT8_MAX_BITS} bits; use mode exact for {bits}-bit layers")
+
+
+def _gpu():
+    """The bodies that need Triton."""
+    try:
+        from hlwq_cuda import gpu
+    except ImportError as error:
+        raise ImportError(f"hlwq_cuda on a GPU needs Triton 3.4 or later ({error}): pip install triton") from error
+    return gpu

@@ -1,0 +1,70 @@
+"""The custom ops on a GPU: allocate outputs, choose kernels, launch. Signatures as in kernels/plain.py.
+
+Nothing here reads a value from the device or keeps state, so every op can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+from hlwq_cuda.kernels import embedding as embedding_kernels
+from hlwq_cuda.kernels import gemv as gemv_kernels
+from hlwq_cuda.kernels import plain
+from hlwq_cuda.kernels import rotate as rotate_kernels
+from hlwq_cuda.kernels.layout import CHUNK
+
+GLUON_SINCE = (3, 6)  # Gluon is experimental and changes between releases of Triton
+
+
+@cache
+def launch_options(device: torch.device) -> dict:
+    """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+        return {"PDL": True, "launch_pdl": True}
+    return {"PDL": False}
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of the GPU; 1 for the interpreter."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def has_gluon(version: str) -> bool:
+    """Whether this release of Triton has the Gluon that gemv_gluon.py is written in."""
+    return tuple(int(part) for part in version.split(".")[:2]) >= GLUON_SINCE
+
+
+def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, kernel) -> torch.Tensor:
+    """`kernel`: what ops.pick returned."""
+    rows = x.reshape(-1, in_features)
+    launch = launch_options(x.device)
+    if kernel == "gemv" and len(rows) == 1:
+        activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)
+        out = x.new_empty((*x.shape[:-1], codes.shape[0]))
+        gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, launch)
+        return out
+    return plain.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode)
+
+
+def gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, launch) -> None:
+    """One rotated row times the weight, into out [N]; the fused decode step calls this."""
+    units = norms.shape[-1] * block_size // (CHUNK if bits < 8 else CHUNK // 2)
+    config = gemv_kernels.pick(len(codes), units, multiprocessors(out.device), has_gluon(triton.__version__))
+    gemv_kernels.gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, config, launch)
+
+
+def embedding(ids, codes, norms, table, bits, block_size, in_features, dtype) -> torch.Tensor:
+    return embedding_kernels.embedding(
+        ids, codes, norms, table, bits, block_size, in_features, dtype, launch_options(codes.device)
+    )
+
+
+def rotate(x, block_size) -> torch.Tensor:
+    return rotate_kernels.rotate(x, block_size, launch_options(x.device))
+
+
+dequantize = plain.dequantize

@@ -1,0 +1,177 @@
+"""One row of activations times a weight (M = 1).
+
+    y[n] = sum over blocks of norm[n] * scale * dot(entries of the block, values) + bias[n]
+
+A thread block computes ROWS outputs. Its lanes lie side by side along K, a unit of codes each (decode.py), and add up
+in float32 across the row before they meet in one reduction: splitting K over the warps of small thread blocks keeps
+enough loads in flight even where N is small, and needs no second pass. Activations are shared by the rows of a block.
+Two bodies, the same arithmetic: the kernel below in plain Triton, and gemv_gluon.py, which fixes the layout in
+registers (no conversion through shared memory) and loads weights before the wait of programmatic dependent launch.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from hlwq_cuda.kernels import dot
+from hlwq_cuda.kernels.device import allow_next_kernel, wait_for_previous_kernel
+from hlwq_cuda.kernels.plain import Activation
+from hlwq_cuda.kernels.unpack import load_entries
+
+
+class Config(NamedTuple):
+    """How a product is cut up."""
+
+    rows: int  # outputs of a thread block
+    units: int  # units of a row that a thread block takes in one step
+    warps: int
+    gluon: bool  # the body with explicit layouts
+
+
+def pick(rows: int, units: int, processors: int, gluon: bool) -> Config:
+    """A configuration for N = `rows` outputs and `units` units a row, on a GPU of so many multiprocessors.
+
+    From measurements on an H200 (docs/measurements.md): 64 lanes along K and four rows where that gives four thread
+    blocks a multiprocessor or more; else more lanes along K, then fewer rows.
+    """
+    lanes = 64 if rows >= 40 * processors and units >= 64 else 128
+    lanes = min(lanes, max(32, triton.next_power_of_2(units)))
+    outputs = 4
+    while outputs > 1 and rows < 4 * outputs * processors:
+        outputs //= 2
+    return Config(outputs, lanes, lanes // 32, gluon)
+
+
+# what the kernels ask for while they compile; Triton lets them see constants only
+_DOT = tl.constexpr({(bits, mode): dot.describe(bits, mode) for bits, mode in dot.KINDS})
+
+
+@triton.constexpr_function
+def dot_of(bits, mode):
+    """The Dot of dot.py."""
+    return _DOT.value[bits, mode]
+
+
+@triton.jit
+def gemv_kernel(
+    values,  # int32: fp16 or int8 activations [Kp], in words
+    scales,  # float32 [Kp / B]
+    half_sums,  # float32 [Kp / 32]
+    codes,  # int32 [N, Kp * BITS / 32]
+    norms,  # float16 [N, Kp / B]
+    table,  # int32
+    bias,  # [N], or unused
+    out,  # [N]
+    N,
+    KP: tl.constexpr,
+    B: tl.constexpr,
+    BITS: tl.constexpr,
+    MODE: tl.constexpr,
+    ROWS: tl.constexpr,
+    UNITS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PTX: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    allow_next_kernel(PDL)
+    dot: tl.constexpr = dot_of(BITS, MODE)
+    per_row: tl.constexpr = KP // dot.codes
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    safe_row = tl.minimum(row, N - 1).to(tl.int64)
+    wait_for_previous_kernel(PDL)
+    acc = tl.zeros((ROWS, UNITS), tl.float32)
+    for first in tl.range(0, per_row, UNITS):
+        u = first + tl.arange(0, UNITS)
+        inside = u < per_row
+        if PTX:
+            sums = _dot_ptx(values, codes, table, safe_row, u, inside, KP, BITS, MODE)
+        else:
+            sums = _dot_plain(values, codes, table, safe_row, u, inside, KP, BITS, MODE)
+        if MODE == "int8" and BITS >= 4:
+            sums = sums + tl.load(half_sums + u, mask=inside, other=0.0)[None, :]
+        block = u * dot.codes // B
+        scale = tl.load(scales + block, mask=inside, other=0.0)[None, :]
+        norm = tl.load(norms + safe_row[:, None] * (KP // B) + block[None, :], mask=inside[None, :], other=0.0)
+        acc += sums * (norm.to(tl.float32) * scale)
+    y = tl.sum(acc, 1)
+    if MODE == "int8":
+        y *= tl.load((table + dot.step_word).to(tl.pointer_type(tl.float32)))
+    if HAS_BIAS:
+        y += tl.load(bias + safe_row).to(tl.float32)
+    tl.store(out + row, y.to(out.dtype.element_ty), mask=row < N)
+
+
+@triton.jit
+def _dot_ptx(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """Every unit against its activations: [ROWS, UNITS]."""
+    dot: tl.constexpr = dot_of(BITS, MODE)
+    width: tl.constexpr = dot.width
+    second_words: tl.constexpr = dot.second
+    table_words: tl.constexpr = dot.table_words
+    tensors: tl.constexpr = dot.activations // dot.width
+    e = tl.arange(0, width)[None, None, :]
+    ok = inside[None, :, None]
+    base = codes + row[:, None, None] * (KP * BITS // 32)
+    operands = (tl.load(base + u[None, :, None] * width + e, mask=ok, other=0),)
+    for word in tl.static_range(second_words):
+        second = base + (KP // dot.codes) * width + (u * second_words + word)[None, :, None] + 0 * e
+        operands = operands + (tl.load(second, mask=ok, other=0),)
+    for tensor in tl.static_range(tensors):
+        words = u[None, :, None] * dot.activations + tensor * width + e
+        operands = operands + (tl.load(values + words, mask=ok, other=0),)
+    for word in tl.static_range(table_words):
+        operands = operands + (tl.load(table + dot.table_start + word),)
+    if table_words == 0:
+        operands = operands + (table.to(tl.int64),)
+    sums = tl.inline_asm_elementwise(dot.asm, dot.constraints, operands, dtype=tl.float32, is_pure=True, pack=width)
+    if width == 4:
+        sums, _ = tl.split(tl.reshape(sums, [sums.shape[0], sums.shape[1], 2, 2]))
+    sums, _ = tl.split(sums)
+    return sums
+
+
+@triton.jit
+def _dot_plain(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.constexpr, MODE: tl.constexpr):
+    """The same without inline assembly."""
+    size: tl.constexpr = dot_of(BITS, MODE).codes
+    k = u[:, None] * size + tl.arange(0, size)[None, :]
+    ok = inside[:, None] & (k >= 0)
+    kind: tl.constexpr = tl.int8 if MODE == "int8" else tl.float16
+    x = tl.load(values.to(tl.pointer_type(kind)) + k, mask=ok, other=0).to(tl.float32)
+    w = load_entries(
+        codes, table, row[:, None, None], k[None, :, :], ok[None, :, :], KP * BITS // 32, BITS, MODE == "int8"
+    )
+    return tl.sum(w * x[None, :, :], 2)
+
+
+def gemv(
+    activation: Activation,  # one row
+    codes: torch.Tensor,  # int32 [N, Kp * bits / 32]
+    norms: torch.Tensor,  # float16 [N, Kp / B]
+    table: torch.Tensor,
+    bias: torch.Tensor | None,  # [N]
+    out: torch.Tensor,  # [N], any floating dtype
+    bits: int,
+    block_size: int,
+    mode: str,
+    config: Config,
+    launch: dict,  # PDL, and launch_pdl with it
+    ptx: bool = True,
+) -> None:
+    """out = weight @ activation + bias."""
+    rows = codes.shape[0]
+    arguments = (activation.values.view(torch.int32), activation.scales, activation.half_sums)
+    arguments += (codes, norms, table, out if bias is None else bias, out, rows)
+    shape = {"KP": norms.shape[-1] * block_size, "B": block_size, "BITS": bits, "MODE": mode}
+    cut = {"ROWS": config.rows, "UNITS": config.units, "HAS_BIAS": bias is not None, "num_warps": config.warps}
+    grid = (triton.cdiv(rows, config.rows),)
+    if config.gluon:
+        from hlwq_cuda.kernels.gemv_gluon import gemv_gluon_kernel
+
+        gemv_gluon_kernel[grid](*arguments, **shape, **cut, **launch)
+    else:
+        gemv_kernel[grid](*arguments, **shape, **cut, PTX=ptx, **launch)

@@ -1,0 +1,161 @@
+"""gemv.py's product with explicit register layouts, in Gluon: the fast body on NVIDIA GPUs.
+
+What it does otherwise, measured together inside the whole decode step of an 8B model on an H200 (10 % of the step in
+int8, 5 % in exact; docs/measurements.md):
+- a lane keeps the sums of its own units, and loads norms and scales in that layout: nothing passes through shared
+  memory before the last reduction;
+- the first weights and norms are loaded before the wait of programmatic dependent launch, on which they do not depend,
+  and those of the next step before the arithmetic of this one, so that a thread has 4 to 8 loads of 16 bytes in flight.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from hlwq_cuda.kernels.gemv import dot_of
+
+
+@gluon.jit
+def _wait_for_previous_kernel(PDL: gl.constexpr):
+    if PDL:
+        gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _allow_next_kernel(PDL: gl.constexpr):
+    if PDL:
+        asm: gl.constexpr = "griddepcontrol.launch_dependents; // $0"
+        gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _lane_zero():
+    """0, in a way that the assembler takes for a value of each lane: lanemask & (lanemask - 1).
+
+    What it knows to be one value for the warp it keeps in a uniform register, from which every prmt then needs a copy.
+    """
+    asm: gl.constexpr = "{ .reg .b32 a; mov.u32 a, %lanemask_eq; sub.u32 $0, a, 1; and.b32 $0, $0, a; }"
+    return gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=True, pack=1)
+
+
+@gluon.jit
+def _load_weights(codes, norms, row, u, KP: gl.constexpr, B: gl.constexpr, BITS: gl.constexpr, MODE: gl.constexpr):
+    """Of every unit u [1, UNITS] of rows [ROWS, 1]: norm, words of the first plane, words of the second."""
+    dot: gl.constexpr = dot_of(BITS, MODE)
+    second_words: gl.constexpr = dot.second
+    per_row: gl.constexpr = KP // dot.codes
+    pair: gl.constexpr = u.type.layout
+    cube: gl.constexpr = pair.parent
+    e = gl.arange(0, dot.width, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube)))
+    e = gl.expand_dims(gl.expand_dims(e, 0), 1)
+    base = codes + row * (KP * BITS // 32)
+    first = gl.expand_dims(base, 2) + (gl.expand_dims(u * dot.width, 2) + e)
+    norm = norms + row * (KP // B) + u * dot.codes // B
+    if per_row % u.shape[1] == 0:
+        loaded = (gl.load(norm), gl.load(first, eviction_policy="evict_first"))
+        for word in gl.static_range(second_words):
+            second = base + (per_row * dot.width + u * second_words + word)
+            loaded = loaded + (gl.load(second, eviction_policy="evict_first"),)
+    else:
+        inside = (u < per_row) & (row >= 0)
+        loaded = (gl.load(norm, mask=inside, other=0.0),)
+        loaded = loaded + (gl.load(first, mask=gl.expand_dims(inside, 2) & (e >= 0), other=0),)
+        for word in gl.static_range(second_words):
+            second = base + (per_row * dot.width + u * second_words + word)
+            loaded = loaded + (gl.load(second, mask=inside, other=0),)
+    return loaded
+
+
+@gluon.jit
+def _dot(weights, values, table, u, KP: gl.constexpr, BITS: gl.constexpr, MODE: gl.constexpr):
+    """Every unit against its activations: [ROWS, UNITS]. table: what dot.py takes, each word as a tensor."""
+    dot: gl.constexpr = dot_of(BITS, MODE)
+    width: gl.constexpr = dot.width
+    second_words: gl.constexpr = dot.second
+    tensors: gl.constexpr = dot.activations // dot.width
+    per_row: gl.constexpr = KP // dot.codes
+    pair: gl.constexpr = u.type.layout
+    cube: gl.constexpr = pair.parent
+    e = gl.arange(0, width, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube)))
+    e = gl.expand_dims(gl.expand_dims(e, 0), 1)
+    operands = (weights[1],)
+    for word in gl.static_range(second_words):
+        operands = operands + (gl.expand_dims(weights[2 + word], 2),)
+    for tensor in gl.static_range(tensors):
+        pointer = values + (gl.expand_dims(u * dot.activations + tensor * width, 2) + e)
+        if per_row % u.shape[1] == 0:
+            operands = operands + (gl.load(pointer),)
+        else:
+            operands = operands + (gl.load(pointer, mask=gl.expand_dims(u < per_row, 2) & (e >= 0), other=0),)
+    sums = gl.inline_asm_elementwise(
+        dot.asm, dot.constraints, operands + table, dtype=gl.float32, is_pure=True, pack=width
+    )
+    rows: gl.constexpr = sums.shape[0]
+    if width == 4:
+        sums, _ = gl.split(gl.reshape(sums, [rows, u.shape[1], 2, 2]))
+    sums, _ = gl.split(sums)
+    return gl.convert_layout(sums, pair, assert_trivial=True)
+
+
+@gluon.jit
+def gemv_gluon_kernel(
+    values,  # int32: fp16 or int8 activations [Kp], in words
+    scales,  # float32 [Kp / B]
+    half_sums,  # float32 [Kp / 32]
+    codes,  # int32 [N, Kp * BITS / 32]
+    norms,  # float16 [N, Kp / B]
+    table,  # int32
+    bias,  # [N], or unused
+    out,  # [N]
+    N,
+    KP: gl.constexpr,
+    B: gl.constexpr,
+    BITS: gl.constexpr,
+    MODE: gl.constexpr,
+    ROWS: gl.constexpr,
+    UNITS: gl.constexpr,
+    HAS_BIAS: gl.constexpr,
+    PDL: gl.constexpr,
+    num_warps: gl.constexpr,
+):
+    _allow_next_kernel(PDL)
+    dot: gl.constexpr = dot_of(BITS, MODE)
+    per_row: gl.constexpr = KP // dot.codes
+    table_words: gl.constexpr = dot.table_words
+    cube: gl.constexpr = gl.BlockedLayout([1, 1, dot.width], [1, 32, 1], [1, num_warps, 1], [2, 1, 0])
+    pair: gl.constexpr = gl.SliceLayout(2, cube)
+    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, layout=gl.SliceLayout(1, pair))
+    row = gl.expand_dims(gl.minimum(row, N - 1).to(gl.int64), 1)
+    lane = gl.expand_dims(gl.arange(0, UNITS, layout=gl.SliceLayout(0, pair)), 0)
+
+    weights = _load_weights(codes, norms, row, lane, KP, B, BITS, MODE)
+    words = ()
+    for word in gl.static_range(table_words):
+        scalar = gl.load(table + (dot.table_start + word + _lane_zero()))
+        words = words + (gl.full([ROWS, UNITS, dot.width], scalar, gl.int32, layout=cube),)
+    if table_words == 0:
+        words = words + (gl.full([ROWS, UNITS, dot.width], table.to(gl.int64), gl.int64, layout=cube),)
+    _wait_for_previous_kernel(PDL)
+
+    acc = gl.zeros([ROWS, UNITS], gl.float32, layout=pair)
+    for first in gl.static_range(0, per_row, UNITS):
+        u = first + lane
+        if first + UNITS < per_row:
+            following = _load_weights(codes, norms, row, u + UNITS, KP, B, BITS, MODE)
+        sums = _dot(weights, values, words, u, KP, BITS, MODE)
+        inside = u < per_row
+        if MODE == "int8" and BITS >= 4:
+            sums += gl.load(half_sums + u, mask=inside, other=0.0)
+        scale = gl.load(scales + u * dot.codes // B, mask=inside, other=0.0)
+        acc += sums * (weights[0].to(gl.float32) * scale)
+        if first + UNITS < per_row:
+            weights = following
+
+    y = gl.sum(acc, 1)
+    row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, layout=y.type.layout)
+    if MODE == "int8":
+        y *= gl.load((table + dot.step_word).to(gl.pointer_type(gl.float32)))
+    if HAS_BIAS:
+        y += gl.load(bias + gl.minimum(row, N - 1)).to(gl.float32)
+    gl.store(out + row, y.to(out.dtype.element_ty), mask=row < N)

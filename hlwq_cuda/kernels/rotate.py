@@ -1,0 +1,100 @@
+"""The block rotation alone, and with the scaling that the matrix kernels read (device.py has the transform itself).
+
+One warp rotates a few blocks of 32 to 128 values: nothing but its own registers and one trip through shared memory.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from hlwq_cuda.kernels.device import (
+    allow_next_kernel,
+    hadamard_sums,
+    store_activation,
+    wait_for_previous_kernel,
+)
+from hlwq_cuda.kernels.layout import CHUNK
+from hlwq_cuda.kernels.plain import Activation
+
+_FILLS_A_GPU = 2048  # blocks, about 16 warps a multiprocessor: from here on a warp takes several
+
+
+@triton.jit
+def rotate_kernel(
+    x,  # [M, K]
+    out,  # [M, Kp]
+    K: tl.constexpr,
+    B: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    allow_next_kernel(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
+    column = block[:, None] * B + tl.arange(0, B)[None, :]
+    wait_for_previous_kernel(PDL)
+    values = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    padded: tl.constexpr = (K + B - 1) // B * B
+    rotated = hadamard_sums(values, B) * B**-0.5
+    tl.store(out + row * padded + column, rotated.to(out.dtype.element_ty), mask=column < padded)
+
+
+@triton.jit
+def quantize_activation_kernel(
+    x,  # [M, K]
+    values,  # float16 or int8 [M, Kp]
+    scales,  # float32 [M, Kp / B]
+    half_sums,  # float32 [M, Kp / 32]
+    K: tl.constexpr,
+    B: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    MODE: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    allow_next_kernel(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = (K + B - 1) // B
+    block = tl.minimum(tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS), blocks - 1)  # a last one may come twice
+    column = block[:, None] * B + tl.arange(0, B)[None, :]
+    wait_for_previous_kernel(PDL)
+    loaded = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+    values += row * blocks * B
+    half_sums += row * blocks * (B // 32)
+    store_activation(loaded, 1.0, block, values, scales + row * blocks, half_sums, K, B, MODE)
+
+
+def rotate(x: torch.Tensor, block_size: int, launch: dict) -> torch.Tensor:
+    """[..., K] -> x @ H_B of every block, [..., Kp], dtype of x."""
+    size = x.shape[-1]
+    blocks = triton.cdiv(size, block_size)
+    out = x.new_empty((*x.shape[:-1], blocks * block_size))
+    rows = x.numel() // size
+    if rows:
+        each = _blocks_a_program(rows * blocks)
+        grid = (rows, triton.cdiv(blocks, each))
+        rotate_kernel[grid](x.contiguous(), out, K=size, B=block_size, BLOCKS=each, num_warps=1, **launch)
+    return out
+
+
+def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dict) -> Activation:
+    """[M, K], M > 0 -> the rows as the matrix kernels read them; plain.quantize_activation says what it computes."""
+    rows, size = x.shape
+    blocks = triton.cdiv(size, block_size)
+    padded = blocks * block_size
+    out = Activation(
+        x.new_empty((rows, padded), dtype=torch.int8 if mode == "int8" else torch.float16),
+        x.new_empty((rows, blocks), dtype=torch.float32),
+        x.new_empty((rows, padded // CHUNK), dtype=torch.float32),
+    )
+    each = _blocks_a_program(rows * blocks)
+    grid = (rows, triton.cdiv(blocks, each))
+    quantize_activation_kernel[grid](
+        x.contiguous(), *out, K=size, B=block_size, BLOCKS=each, MODE=mode, num_warps=1, **launch
+    )
+    return out
+
+
+def _blocks_a_program(blocks: int) -> int:
+    return 1 if blocks < _FILLS_A_GPU else 4
