@@ -4,7 +4,6 @@ caught. The kernels are of the kinds that this project ships: a table in threadg
 
 from __future__ import annotations
 
-import os
 import re
 
 import mlx.core as mx
@@ -12,11 +11,9 @@ import numpy as np
 import pytest
 
 from tests import metal_cpu
+from tests.metal_cpu import require
 
-missing = metal_cpu.clang_missing()
-if missing and os.environ.get("CI"):
-    raise RuntimeError(missing)
-pytestmark = pytest.mark.skipif(missing is not None, reason=str(missing))
+pytestmark = require.emulator
 
 ROWS, COLUMNS, BLOCK = 30, 640, 128  # 30 rows: not whole groups of 4 and 8; 640: not whole steps of 512
 

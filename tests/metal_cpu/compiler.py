@@ -113,11 +113,12 @@ def _refuse_space_casts(front: list[str]) -> None:
 def _precompiled(mode: str) -> list[str]:
     """Options that use the shim as a precompiled header: parsing it is half of a small kernel's compilation."""
     options = [*LANGUAGE, *OPTIONS[mode]]
+    header_text = str(HERE / "shim" / "metal_stdlib")
     header = _cache() / f"{mode}_{_hash(_own_sources(), *options)}.pch"
     if not header.exists():
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, "shim.pch")
-            _run([CLANG, *options, "-x", "c++-header", str(HERE / "shim" / "metal_stdlib"), "-o", str(built)])
+            _run([CLANG, *options, "-Xclang", "-fno-pch-timestamp", "-x", "c++-header", header_text, "-o", str(built)])
             _install(built, header)
     return ["-include-pch", str(header)]
 
