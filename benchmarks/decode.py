@@ -23,9 +23,10 @@ import torch
 import transformers
 import triton
 
+from hlwq_cuda.gpu import launch_options
 from hlwq_cuda.kernels.sample import Sampler
 from hlwq_cuda.layers import HLWQLinear
-from hlwq_cuda.step import FusedStep, launch_options
+from hlwq_cuda.step import FusedStep
 
 SHAPES = {  # model_type and the numbers of config.json
     "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),

@@ -120,9 +120,15 @@ class _Product:
             torch.mv(self._weight, input.values, out=output)
             if self._bias is not None:
                 output += self._bias
+            return
+        shape = (self._bits, self._layout.block_size, self._layout.format)
+        if output.is_cuda:
+            from hlwq_cuda import gpu
+
+            gpu.gemv(input, self._codes, self._norms, self._table, self._bias, output, *shape, launch)
         else:
-            weight = (self._codes, self._norms, self._table, self._bits, self._layout.block_size, self._layout.format)
-            product = plain.multiply(Activation(*(part[None] for part in input)), *weight)[0]
+            row = Activation(*(part[None] for part in input))
+            product = plain.multiply(row, self._codes, self._norms, self._table, *shape)[0]
             output.copy_(product if self._bias is None else product + self._bias)
 
 

@@ -27,6 +27,7 @@ import torch
 from torch import nn
 
 from hlwq_cuda.families import Layer, find_family
+from hlwq_cuda.gpu import launch_options, multiprocessors
 from hlwq_cuda.kernels.activation import silu_mul
 from hlwq_cuda.kernels.attention import Partials, attention, combine, split_count
 from hlwq_cuda.kernels.norm import norm
@@ -170,15 +171,3 @@ def rotary_tables(rotary: nn.Module, length: int, device: torch.device) -> tuple
     positions = torch.arange(length, device=device)[None]
     cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
     return cos[0].contiguous(), sin[0].contiguous()
-
-
-def multiprocessors(device: torch.device) -> int:
-    """Multiprocessors of a GPU; 1 for the interpreter."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def launch_options(device: torch.device) -> dict:
-    """Keyword arguments of every kernel launch: programmatic dependent launch where the GPU has it."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
-        return {"PDL": True, "launch_pdl": True}
-    return {"PDL": False}

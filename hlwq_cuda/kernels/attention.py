@@ -82,6 +82,10 @@ def attention_kernel(
     in_group = (group < queries)[:, None] & in_head[None, :]
     q = tl.load(qkv + head[:, None] * D + d[None, :], mask=in_group, other=0.0).to(tl.float32)
     q_partner = tl.load(qkv + head[:, None] * D + partner[None, :], mask=in_group, other=0.0).to(tl.float32)
+    # every split loads the new key and value, though one uses them: one trip to memory instead of two
+    k = tl.load(qkv + (HEADS + kv_head) * D + d, mask=in_head, other=0.0).to(tl.float32)
+    k_partner = tl.load(qkv + (HEADS + kv_head) * D + partner, mask=in_head, other=0.0).to(tl.float32)
+    v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * D + d, mask=in_head, other=0.0)
     if QK_NORM:
         inverse_rms = tl.rsqrt(tl.sum(q * q, 1) / D + eps)[:, None]
         q = inverse_rms * (q * q_cosine[None, :] + q_partner * q_sine[None, :])
@@ -93,15 +97,12 @@ def attention_kernel(
     running_sum = tl.zeros((GROUP,), tl.float32)
     out = tl.zeros((GROUP, D_POW2), tl.float32)
     if split == 0:  # the new token itself
-        new_k = qkv + (HEADS + kv_head) * D
-        k = tl.load(new_k + d, mask=in_head, other=0.0).to(tl.float32)
-        k_partner = tl.load(new_k + partner, mask=in_head, other=0.0).to(tl.float32)
         if QK_NORM:
             k = tl.rsqrt(tl.sum(k * k, 0) / D + eps) * (k * k_cosine + k_partner * k_sine)
         else:
             k = k * cosine + k_partner * sine
         k = k.to(keys.dtype.element_ty)
-        v = tl.load(qkv + (HEADS + KV_HEADS + kv_head) * D + d, mask=in_head, other=0.0).to(values.dtype.element_ty)
+        v = v.to(values.dtype.element_ty)
         tl.store(keys + head_base + new * D + d, k, mask=in_head)
         tl.store(values + head_base + new * D + d, v, mask=in_head)
         running_max = tl.sum(q * k.to(tl.float32)[None, :], 1)
