@@ -10,9 +10,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-# one BLAS thread each: the conversion runs its own, and the environment is read when numpy loads
-for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
-    os.environ.setdefault(_variable, "1")
+# Both are read when libraries load, so they stand before the imports. The conversion runs its own threads, one BLAS
+# thread each (`eval` runs whole models and needs them all); progress bars of downloads are for terminals.
+if sys.argv[1:2] != ["eval"]:
+    for _variable in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS", "VECLIB_MAXIMUM_THREADS"):
+        os.environ.setdefault(_variable, "1")
+if not sys.stderr.isatty():
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 from convert import describe, eval_command
 from convert.checkpoint import Checkpoint
