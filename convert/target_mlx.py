@@ -8,6 +8,7 @@ Most results are a source tensor under a new name, or a stack of such: those are
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,7 @@ from convert.target_cuda import HEADS, KEEP_DTYPE, MIN_WEIGHTS, NOT_TEXT, ROUTER
 from convert.tensors import TensorInfo, read, read_tensors
 
 MODEL_TYPE = "hlwq"
+TOKENIZER_CONFIG = "tokenizer_config.json"
 EVALUATED_BYTES = 2**28  # MLX keeps what it has evaluated; above this the arrays are made anew
 SANITIZE_ERRORS = (
     ValueError,
@@ -62,6 +64,7 @@ class MlxTarget:
         config = {**self._config, "quantization_config": quantization.to_dict()}
         if self._style == "shim":
             return {**config, "model_file": FILE_NAME}
+        config.pop("auto_map", None)  # with a model_type that it doesn't know, transformers would ask to run that code
         return {**config, "model_type": MODEL_TYPE}
 
     def files(self) -> Mapping[str, Path | str]:
@@ -69,7 +72,24 @@ class MlxTarget:
         files = dict(CudaTarget(self._directory).files())
         if self._style == "shim":
             files[FILE_NAME] = loader_source()
+        else:
+            files |= self._tokenizer_config()
         return files
+
+    def _tokenizer_config(self) -> dict[str, str]:
+        """tokenizer_config.json with the class that transformers chooses for the source.
+
+        For some model types transformers corrects the class that the Hub's file names. It wouldn't recognize ours.
+        """
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self._directory)
+        except (OSError, ValueError):  # no tokenizer, or one that needs remote code: the files are copied as they are
+            return {}
+        path = self._directory / TOKENIZER_CONFIG
+        config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return {TOKENIZER_CONFIG: json.dumps({**config, "tokenizer_class": type(tokenizer).__name__}, indent=2)}
 
     def _describe(self, name: str) -> OutputTensor:
         shape, dtype = self._mlx.shape_and_dtype(name)

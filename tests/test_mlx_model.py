@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
-from mlx_commands import ensure_found
+from mlx_startup import ensure_found
 from numpy_model import reference_logits
 from tiny_models import FAMILIES, tiny_model
 
