@@ -28,9 +28,10 @@ class Projection:
     Neighbors with the same number of bits are one launch. Raises ValueError as `input_layout` does.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], buffers: Buffers) -> None:
+    def __init__(self, modules: Sequence[nn.Module], buffers: Buffers, eps: float | None = None) -> None:
+        """eps: of the RMSNorm that writes the row; None when it comes from elsewhere."""
         self.layout = input_layout(modules)
-        self.input = buffers.input(self.layout)  # what to write before `run`
+        self.input = buffers.input(self.layout, eps)  # what to write before `run`
         self.output = buffers.output(sum(module.out_features for module in modules), self.layout)  # [N]
         self._products = []
         first = 0
@@ -77,21 +78,26 @@ class Buffers:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._inputs: dict[InputLayout, Activation] = {}
+        self._inputs: dict[tuple, Activation] = {}
         self._outputs: dict[tuple, torch.Tensor] = {}
 
-    def input(self, layout: InputLayout) -> Activation:
-        """One row in `layout`."""
-        if layout not in self._inputs:
+    def input(self, layout: InputLayout, eps: float | None) -> Activation:
+        """One row in `layout`, with the parts of a norm's factor when `eps` is given."""
+        if (layout, eps) not in self._inputs:
             blocks = -(-layout.size // layout.block_size)
             padded = layout.size if layout.format == "plain" else blocks * layout.block_size
             dtype = {"plain": layout.dtype, "exact": torch.float16, "int8": torch.int8}[layout.format]
-            self._inputs[layout] = Activation(
+            self._inputs[layout, eps] = Activation(
                 torch.empty(padded, dtype=dtype, device=self._device),
-                torch.empty(blocks, dtype=torch.float32, device=self._device),
-                torch.empty(-(-padded // CHUNK), dtype=torch.float32, device=self._device),
+                self._float32(blocks),
+                self._float32(-(-padded // CHUNK)),
+                None if eps is None or layout.format == "plain" else self._float32(blocks),
+                eps or 0.0,
             )
-        return self._inputs[layout]
+        return self._inputs[layout, eps]
+
+    def _float32(self, size: int) -> torch.Tensor:
+        return torch.empty(size, dtype=torch.float32, device=self._device)
 
     def output(self, size: int, layout: InputLayout) -> torch.Tensor:
         """A product of `size` numbers: float32, or the weight's dtype behind a plain layout."""
@@ -127,7 +133,7 @@ class _Product:
 
             gpu.gemv(input, self._codes, self._norms, self._table, self._bias, output, *shape, launch)
         else:
-            row = Activation(*(part[None] for part in input))
+            row = Activation(*(None if part is None else part[None] for part in input[:4]), input.eps)
             product = plain.multiply(row, self._codes, self._norms, self._table, *shape)[0]
             output.copy_(product if self._bias is None else product + self._bias)
 

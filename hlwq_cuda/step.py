@@ -79,7 +79,7 @@ class FusedStep:
         delta = None
         for index, block in enumerate(decoder.layers):
             delta = self._add_layer(family.layer(block), self.cache[index], delta)
-        head = Projection([model.lm_head], self._buffers)
+        head = Projection([model.lm_head], self._buffers, self._eps)
         self._add_norm(decoder.norm, delta, head)
         self._add_projection(head)
         self.logits = head.output
@@ -127,7 +127,11 @@ class FusedStep:
 
     def _add_layer(self, layer: Layer, cache: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
         """Add the launches of one block; `delta` and the result are what is still to be added to the residual."""
-        qkv, output, gate_up, down = (Projection(group, self._buffers) for group in inputs(layer))
+        of_qkv, of_output, of_gate_up, of_down = inputs(layer)
+        qkv = Projection(of_qkv, self._buffers, self._eps)
+        output = Projection(of_output, self._buffers)
+        gate_up = Projection(of_gate_up, self._buffers, self._eps)
+        down = Projection(of_down, self._buffers)
         gains = None if layer.query_norm is None else (layer.query_norm.weight.data, layer.key_norm.weight.data)
         self._add_norm(layer.attention_norm, delta, qkv)
         self._add_projection(qkv)

@@ -30,12 +30,14 @@ TYPES = {
     "values": "*i32",
     "scales": "*fp32",
     "half_sums": "*fp32",
+    "mean_squares": "*fp32",
     "codes": "*i32",
     "norms": "*fp16",
     "table": "*i32",
     "bias": "*fp16",
     "out": "*fp16",
     "N": "i32",
+    "eps": "fp32",
 }
 
 
@@ -50,6 +52,7 @@ def compile_gemv(capability: int, bits: int, mode: str, gluon: bool, units: int 
         "ROWS": 4,
         "UNITS": units,
         "HAS_BIAS": True,
+        "NORMED": True,
         "PTX": True,
     }
     values |= {"PDL": capability >= 90, "num_warps": units // 32}

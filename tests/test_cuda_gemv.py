@@ -106,6 +106,18 @@ def test_one_hot_returns_norm_times_centroid(bits: int, body: str):
 
 
 @pytest.mark.parametrize("body", BODIES)
+def test_factor_of_a_norm(body: str):
+    """The sums, not the bias, are multiplied by 1 / sqrt(sum(mean_squares) + eps)."""
+    case = Case(4, 5, 320, 64)
+    activation = case.activation("int8")
+    squares = torch.linspace(0.1, 0.9, 5, device=DEVICE)
+    bias = torch.linspace(1, 2, 5, device=DEVICE)
+    expected = case.run(activation, "int8", body) * (squares.sum() + 0.25) ** -0.5 + bias
+    found = case.run(activation._replace(mean_squares=squares, eps=0.25), "int8", body, bias)
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("body", BODIES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_output_dtypes(dtype: torch.dtype, body: str):
     case = Case(4, 6, 128, 128)

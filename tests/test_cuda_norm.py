@@ -46,7 +46,7 @@ def test_norm_matches_reference(size: int, block: int, format: str, add: bool) -
     rng = np.random.default_rng(size)
     hidden, delta = rng.normal(size=size).astype(np.float32), rng.normal(size=size).astype(np.float16)
     gain = rng.uniform(0.5, 1.5, size).astype(np.float16)
-    out = poisoned_activation(size, block, format)
+    out = poisoned_activation(size, block, format, 1e-6)
     new_hidden = torch.full((size,), float("nan"), device=DEVICE)
     norm.norm(
         torch.tensor(hidden, device=DEVICE),
@@ -64,7 +64,13 @@ def test_norm_matches_reference(size: int, block: int, format: str, add: bool) -
         np.testing.assert_allclose(new_hidden.cpu().numpy(), total, rtol=2**-23, atol=1e-7)
     else:
         assert torch.isnan(new_hidden).all()
-    check(out, total / np.sqrt((total**2).mean() + 1e-6) * gain, block, format)
+    inverse_rms = 1 / np.sqrt((total**2).mean() + 1e-6)
+    if format == "plain":
+        check(out, total * inverse_rms * gain, block, format)
+    else:  # the product multiplies by the factor
+        check(out, total * gain, block, format)
+        left = 1 / np.sqrt(out.mean_squares.double().cpu().numpy().sum() + out.eps)
+        np.testing.assert_allclose(left, inverse_rms, rtol=1e-6)
 
 
 @pytest.mark.parametrize("format", ["plain", "exact", "int8"])

@@ -23,7 +23,7 @@ else:
 LAUNCH = {"PDL": True, "launch_pdl": True} if PDL else {"PDL": False}
 
 
-def poisoned_activation(size: int, block: int, format: str):
+def poisoned_activation(size: int, block: int, format: str, eps: float | None = None):
     """Outputs for one row of `size`: an element a kernel forgets is NaN, or -128, which no quantized value is."""
     from hlwq_cuda.kernels.plain import Activation
 
@@ -31,4 +31,6 @@ def poisoned_activation(size: int, block: int, format: str):
     fill, dtype = (-128, torch.int8) if format == "int8" else (float("nan"), torch.float16)
     values = torch.full((padded,), fill, dtype=dtype, device=DEVICE)
     scales = torch.full((-(-size // block),), float("nan"), device=DEVICE)
-    return Activation(values, scales, torch.full((-(-padded // 32),), float("nan"), device=DEVICE))
+    half_sums = torch.full((-(-padded // 32),), float("nan"), device=DEVICE)
+    mean_squares = None if eps is None or format == "plain" else torch.full_like(scales, float("nan"))
+    return Activation(values, scales, half_sums, mean_squares, eps or 0.0)

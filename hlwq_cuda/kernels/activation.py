@@ -36,5 +36,5 @@ def silu_mul(gate_up: torch.Tensor, out: Activation, block_size: int, format: st
     """gate_up [2 K] -> the formatted row SiLU(gate) * up in `out`."""
     size = gate_up.numel() // 2
     silu_mul_kernel[(triton.cdiv(size, block_size),)](
-        gate_up, *out, K=size, B=block_size, FORMAT=format, num_warps=1, **launch
+        gate_up, *out[:3], K=size, B=block_size, FORMAT=format, num_warps=1, **launch
     )

@@ -242,7 +242,7 @@ def combine(partials: Partials, out: Activation, block_size: int, format: str, l
         partials.out,
         partials.maximum,
         partials.total,
-        *out,
+        *out[:3],
         K=heads * head_dim,
         D=head_dim,
         SPLITS=splits,

@@ -56,17 +56,25 @@ def dot_of(bits, mode):
     return _DOT.value[bits, mode]
 
 
+@triton.constexpr_function
+def next_power_of_2(n):
+    """The least power of two that is not below n."""
+    return triton.next_power_of_2(n)
+
+
 @triton.jit
 def gemv_kernel(
     values,  # int32: fp16 or int8 activations [Kp], in words
     scales,  # float32 [Kp / B]
     half_sums,  # float32 [Kp / 32]
+    mean_squares,  # float32 [Kp / B], or unused
     codes,  # int32 [N, Kp * BITS / 32]
     norms,  # float16 [N, Kp / B]
     table,  # int32
     bias,  # [N], or unused
     out,  # [N]
     N,
+    eps,
     KP: tl.constexpr,
     B: tl.constexpr,
     BITS: tl.constexpr,
@@ -74,6 +82,7 @@ def gemv_kernel(
     ROWS: tl.constexpr,
     UNITS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    NORMED: tl.constexpr,
     PTX: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -100,6 +109,9 @@ def gemv_kernel(
     y = tl.sum(acc, 1)
     if MODE == "int8":
         y *= tl.load((table + dot.step_word).to(tl.pointer_type(tl.float32)))
+    if NORMED:
+        every = tl.arange(0, next_power_of_2(KP // B))
+        y *= tl.rsqrt(tl.sum(tl.load(mean_squares + every, mask=every < KP // B, other=0.0), 0) + eps)
     if HAS_BIAS:
         y += tl.load(bias + safe_row).to(tl.float32)
     tl.store(out + row, y.to(out.dtype.element_ty), mask=row < N)
@@ -164,10 +176,13 @@ def gemv(
 ) -> None:
     """out = weight @ activation + bias."""
     rows = codes.shape[0]
+    normed = activation.mean_squares is not None
     arguments = (activation.values.view(torch.int32), activation.scales, activation.half_sums)
-    arguments += (codes, norms, table, out if bias is None else bias, out, rows)
+    arguments += (activation.mean_squares if normed else out, codes, norms, table)
+    arguments += (out if bias is None else bias, out, rows, activation.eps)
     shape = {"KP": norms.shape[-1] * block_size, "B": block_size, "BITS": bits, "MODE": mode}
-    cut = {"ROWS": config.rows, "UNITS": config.units, "HAS_BIAS": bias is not None, "num_warps": config.warps}
+    cut = {"ROWS": config.rows, "UNITS": config.units, "HAS_BIAS": bias is not None, "NORMED": normed}
+    cut |= {"num_warps": config.warps}
     grid = (triton.cdiv(rows, config.rows),)
     if config.gluon:
         from hlwq_cuda.kernels.gemv_gluon import gemv_gluon_kernel

@@ -13,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hlwq_cuda.kernels.gemv import dot_of
+from hlwq_cuda.kernels.gemv import dot_of, next_power_of_2
 
 
 @gluon.jit
@@ -103,12 +103,14 @@ def gemv_gluon_kernel(
     values,  # int32: fp16 or int8 activations [Kp], in words
     scales,  # float32 [Kp / B]
     half_sums,  # float32 [Kp / 32]
+    mean_squares,  # float32 [Kp / B], or unused
     codes,  # int32 [N, Kp * BITS / 32]
     norms,  # float16 [N, Kp / B]
     table,  # int32
     bias,  # [N], or unused
     out,  # [N]
     N,
+    eps,
     KP: gl.constexpr,
     B: gl.constexpr,
     BITS: gl.constexpr,
@@ -116,6 +118,7 @@ def gemv_gluon_kernel(
     ROWS: gl.constexpr,
     UNITS: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    NORMED: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -138,6 +141,9 @@ def gemv_gluon_kernel(
         words = words + (gl.full([ROWS, UNITS, dot.width], table.to(gl.int64), gl.int64, layout=cube),)
     _wait_for_previous_kernel(PDL)
 
+    if NORMED:
+        every = gl.arange(0, next_power_of_2(KP // B), layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
+        squares = gl.load(mean_squares + every, mask=every < KP // B, other=0.0)
     acc = gl.zeros([ROWS, UNITS], gl.float32, layout=pair)
     for first in gl.static_range(0, per_row, UNITS):
         u = first + lane
@@ -156,6 +162,8 @@ def gemv_gluon_kernel(
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, layout=y.type.layout)
     if MODE == "int8":
         y *= gl.load((table + dot.step_word).to(gl.pointer_type(gl.float32)))
+    if NORMED:
+        y *= gl.rsqrt(gl.sum(squares, 0) + eps)
     if HAS_BIAS:
         y += gl.load(bias + gl.minimum(row, N - 1)).to(gl.float32)
     gl.store(out + row, y.to(out.dtype.element_ty), mask=row < N)

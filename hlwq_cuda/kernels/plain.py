@@ -22,6 +22,9 @@ class Activation(NamedTuple):
     values: torch.Tensor  # fp16 or int8 [M, Kp]
     scales: torch.Tensor  # float32 [M, Kp / B]; holds both factors 1 / sqrt(B): of the rotation and of the centroids
     half_sums: torch.Tensor  # float32 [M, Kp / 32]: sum(values) / 2 of each chunk, for int8 entries (tables.py)
+    # float32 [M, Kp / B], after an RMSNorm that leaves its factor 1 / sqrt(sum + eps) to the product (norm.py)
+    mean_squares: torch.Tensor | None = None
+    eps: float = 0.0
 
 
 def rotate(x: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -64,7 +67,10 @@ def linear(x, codes, norms, table, bias, bits: int, block_size: int, in_features
 def multiply(activation: Activation, codes, norms, table, bits: int, block_size: int, mode: str) -> torch.Tensor:
     """Activations as kernels read them [M, Kp] times the weight: float32 [M, N]."""
     blocks = activation.values.float().unflatten(-1, (-1, block_size)) * activation.scales[..., None]
-    return blocks.flatten(-2) @ decode(codes, norms, table, bits, block_size, mode).T
+    out = blocks.flatten(-2) @ decode(codes, norms, table, bits, block_size, mode).T
+    if activation.mean_squares is not None:
+        out *= torch.rsqrt(activation.mean_squares.sum(-1, keepdim=True) + activation.eps)
+    return out
 
 
 def dequantize(codes, norms, table, bits: int, block_size: int, in_features: int, dtype, rotated: bool) -> torch.Tensor:
