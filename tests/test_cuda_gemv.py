@@ -42,7 +42,7 @@ class Case:
 
     def run(self, activation, mode: str, body: str, bias=None, dtype=torch.float32) -> torch.Tensor:
         rows, spec = len(self.codes), self.spec
-        config = gemv.Config(2, 64 if ON_GPU else 4, 2 if ON_GPU else 1, body == "gluon")
+        config = gemv.Config(2, 64, 2, True) if body == "gluon" else gemv.Config(1, 64 if ON_GPU else 4, 4, False)
         out = torch.full((rows,), float("nan"), dtype=dtype, device=DEVICE)
         weight = (self.codes, self.norms, self.table, bias, out, spec.bits, spec.block_size, mode)
         gemv.gemv(activation, *weight, config, LAUNCH, ptx=body != "plain")
@@ -133,7 +133,9 @@ def test_configurations():
     for rows, units in ((4096, 128), (24576, 128), (151936, 128), (1024, 128), (2048, 256), (7, 3), (131, 1000)):
         for processors in (20, 108, 132, 170):
             config = gemv.pick(rows, units, processors, gluon=True)
-            assert config.units == 32 * config.warps and config.units & (config.units - 1) == 0
-            assert config.rows in (1, 2, 4, 8)
-    assert gemv.pick(1024, 128, 132, True).rows == 1  # small N: more thread blocks
-    assert gemv.pick(24576, 128, 132, True).rows == 4
+            assert config.units in (32, 64, 128) and config.warps in (config.units // 32, max(1, config.units // 64))
+            assert config.rows in (2, 4, 8)
+    assert gemv.pick(24576, 128, 132, True) == gemv.Config(8, 128, 2, True)
+    assert gemv.pick(4096, 128, 132, True) == gemv.Config(4, 128, 2, True)
+    assert gemv.pick(4096, 160, 132, True).units == 32  # 160 = 5 x 32: larger steps would idle a third of the lanes
+    assert gemv.pick(1024, 128, 132, True) == gemv.Config(2, 128, 4, True)  # small N: more thread blocks and warps

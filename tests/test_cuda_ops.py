@@ -8,7 +8,9 @@ torch = pytest.importorskip("torch")
 
 from convert.codebook import codebook  # noqa: E402
 from hlwq_cuda import ops  # noqa: E402
+from hlwq_cuda.kernels import plain  # noqa: E402
 from hlwq_cuda.kernels.tables import make_table  # noqa: E402
+from tests.triton_device import DEVICE  # noqa: E402
 
 BITS, BLOCK, WIDTH, ROWS = 4, 64, 150, 20  # K is padded to 192
 
@@ -18,16 +20,16 @@ def weight():
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(-(2**31), 2**31 - 1, (ROWS, 192 * BITS // 32), generator=generator).to(torch.int32)
     norms = torch.rand(ROWS, 192 // BLOCK, generator=generator).half()
-    return codes, norms, make_table(codebook(BITS), BITS)
+    return tuple(tensor.to(DEVICE) for tensor in (codes, norms, make_table(codebook(BITS), BITS)))
 
 
 def test_ops_keep_the_rules_of_torch_library(weight):
-    x = torch.randn(2, 3, WIDTH, requires_grad=True)
-    bias = torch.randn(ROWS)
+    x = torch.randn(2, 3, WIDTH, requires_grad=True, device=DEVICE)
+    bias = torch.randn(ROWS, device=DEVICE)
     torch.library.opcheck(torch.ops.hlwq.linear.default, (x, *weight, bias, BITS, BLOCK, WIDTH, "exact"))
     torch.library.opcheck(torch.ops.hlwq.linear.default, (x, *weight, None, BITS, BLOCK, WIDTH, "int8"))
     torch.library.opcheck(torch.ops.hlwq.rotate.default, (x, BLOCK))
-    ids = torch.tensor([[1, 2], [3, 3]])
+    ids = torch.tensor([[1, 2], [3, 3]], device=DEVICE)
     torch.library.opcheck(torch.ops.hlwq.embedding.default, (ids, *weight, BITS, BLOCK, WIDTH, torch.bfloat16))
     for rotated in (False, True):
         arguments = (*weight, BITS, BLOCK, WIDTH, torch.float16, rotated)
@@ -35,8 +37,8 @@ def test_ops_keep_the_rules_of_torch_library(weight):
 
 
 def test_gradient_is_that_of_the_dequantized_weight(weight):
-    x = torch.randn(3, WIDTH, requires_grad=True)
-    bias = torch.randn(ROWS, requires_grad=True)
+    x = torch.randn(3, WIDTH, requires_grad=True, device=DEVICE)
+    bias = torch.randn(ROWS, requires_grad=True, device=DEVICE)
     dense = torch.ops.hlwq.dequantize(*weight, BITS, BLOCK, WIDTH, torch.float32, False)
     torch.ops.hlwq.linear(x, *weight, bias, BITS, BLOCK, WIDTH, "exact").square().sum().backward()
     found = x.grad.clone(), bias.grad.clone()
@@ -47,7 +49,7 @@ def test_gradient_is_that_of_the_dequantized_weight(weight):
 
 
 def test_gradient_of_rotation():
-    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True)
+    x = torch.randn(2, WIDTH, dtype=torch.float64, requires_grad=True, device=DEVICE)
     assert torch.autograd.gradcheck(lambda v: torch.ops.hlwq.rotate(v, BLOCK), x, eps=1e-3, atol=1e-3)
 
 
@@ -56,7 +58,7 @@ def test_compiles_without_graph_breaks(weight):
         rows = torch.ops.hlwq.embedding(ids, *weight, BITS, BLOCK, WIDTH, torch.float32)
         return torch.ops.hlwq.linear(rows + x, *weight, None, BITS, BLOCK, WIDTH, "int8")
 
-    x, ids = torch.randn(WIDTH), torch.tensor([0, 19])
+    x, ids = torch.randn(WIDTH, device=DEVICE), torch.tensor([0, 19], device=DEVICE)
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x, ids), function(x, ids))
 
@@ -68,4 +70,33 @@ def test_pick(rows: int, kernel: str):
 
 def test_unknown_mode_is_refused(weight):
     with pytest.raises(ValueError, match="mode is 'fast'; the modes are exact, int8"):
-        torch.ops.hlwq.linear(torch.randn(1, WIDTH), *weight, None, BITS, BLOCK, WIDTH, "fast")
+        torch.ops.hlwq.linear(torch.randn(1, WIDTH, device=DEVICE), *weight, None, BITS, BLOCK, WIDTH, "fast")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_ops_are_captured_in_a_graph(weight, mode: str):
+    """A replay computes with the values that its inputs hold then."""
+
+    def run():
+        rows = torch.ops.hlwq.embedding(ids, *weight, BITS, BLOCK, WIDTH, torch.float32)
+        return torch.ops.hlwq.linear(torch.ops.hlwq.rotate(rows, BLOCK)[:, :WIDTH], *weight, None, *shape, mode)
+
+    shape = (BITS, BLOCK, WIDTH)
+    ids = torch.tensor([0], device=DEVICE)
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = run()
+    for token in (3, 19):
+        ids.fill_(token)
+        out.fill_(float("nan"))
+        graph.replay()
+        rows = plain.embedding(ids, *weight, *shape, torch.float32)
+        expected = plain.linear(plain.rotate(rows, BLOCK)[:, :WIDTH], *weight, None, *shape, mode)
+        # a sum in another order may round one activation to another int8
+        torch.testing.assert_close(
+            out, expected, rtol=0, atol=float(expected.abs().max()) * (2e-3 if mode == "exact" else 2e-2)
+        )

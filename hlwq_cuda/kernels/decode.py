@@ -193,22 +193,30 @@ def _fp16_6() -> list[str]:
             out.append(
                 _look_up(words[k // 6], 5 * (k % 6), register) if k < 30 else _look_up("y", 5 * (k - 30), register)
             )
-        signs = f"shl.b32 d, r1, {pair}; " if pair else "mov.b32 d, r1; "
-        out.append(f"prmt.b32 c, a, b, 0x5410; {signs}lop3.b32 p{pair}, c, d, 0x80008000, {XOR_AND};")
+        shifted = f"shl.b32 d, r1, {pair}; " if pair else ""
+        signs = "d" if pair else "r1"
+        out.append(f"prmt.b32 c, a, b, 0x5410; {shifted}lop3.b32 p{pair}, c, {signs}, 0x80008000, {XOR_AND};")
     return out
 
 
 def _fp16_8() -> list[str]:
-    """Bits 0 to 4 of a magnitude name the lane, bits 5 and 6 which of its four entries: bytes 2 e and 2 e + 1."""
+    """Bits 0 to 4 of a magnitude name the lane, bits 5 and 6 which of its four entries: bytes 2 e and 2 e + 1 of eight.
+
+    Every byte of n is the pair of selector nibbles of one code, 0x22 e + 0x10; an even code looks at the low half of
+    the selector and an odd one at the high half, so that their results meet in one word.
+    """
     out = []
-    for pair in range(8):
-        word = f"q{pair // 2}"
-        for byte, register in ((pair % 2 * 2, "a"), (pair % 2 * 2 + 1, "b")):
-            out += [_look_up(word, 8 * byte, "y"), _look_up(word, 8 * byte, "z", "lane1")]
-            out.append(f"shr.u32 n, {word}, {8 * byte + 5}; and.b32 n, n, 3; mad.lo.u32 n, n, 0x22, 0x10;")
-            out.append(f"prmt.b32 {register}, y, z, n;")
-        out.append(f"prmt.b32 c, a, b, 0x5410; prmt.b32 d, {word}, {word}, {('0x1000', '0x3020')[pair % 2]};")
-        out.append(f"lop3.b32 p{pair}, c, d, 0x80008000, {XOR_AND};")
+    for i in range(4):
+        word = f"q{i}"
+        out.append(f"shr.u32 n, {word}, 5; and.b32 n, n, 0x03030303; mad.lo.u32 n, n, 0x22, 0x10101010;")
+        for pair, selector in enumerate("nt"):
+            if pair:
+                out.append("shr.u32 t, n, 16;")
+            for byte, register in ((2 * pair, "a"), (2 * pair + 1, "b")):
+                out += [_look_up(word, 8 * byte, "y"), _look_up(word, 8 * byte, "z", "lane1")]
+                out.append(f"prmt.b32 {register}, y, z, {selector};")
+            out.append(f"prmt.b32 c, a, b, 0x7610; prmt.b32 d, {word}, {word}, {('0x1000', '0x3020')[pair]};")
+            out.append(f"lop3.b32 p{2 * i + pair}, c, d, 0x80008000, {XOR_AND};")
     return out
 
 

@@ -32,18 +32,22 @@ class Config(NamedTuple):
     gluon: bool  # the body with explicit layouts
 
 
+IDLE_LANES = 1.1  # work over useful work that a step size may cost in its last step
+
+
 def pick(rows: int, units: int, processors: int, gluon: bool) -> Config:
     """A configuration for N = `rows` outputs and `units` units a row, on a GPU of so many multiprocessors.
 
-    From measurements on an H200 (docs/measurements.md): 64 lanes along K and four rows where that gives four thread
-    blocks a multiprocessor or more; else more lanes along K, then fewer rows.
+    From a sweep on an H200 (docs/measurements.md): a lane takes two units a step and the outputs of a thread block
+    share their activations; where N is too small to fill the GPU, more warps along K and fewer outputs do.
     """
-    lanes = 64 if rows >= 40 * processors and units >= 64 else 128
-    lanes = min(lanes, max(32, triton.next_power_of_2(units)))
-    outputs = 4
-    while outputs > 1 and rows < 4 * outputs * processors:
-        outputs //= 2
-    return Config(outputs, lanes, lanes // 32, gluon)
+    step = next((size for size in (128, 64) if -(-units // size) * size <= IDLE_LANES * units), 32)
+    if rows >= 128 * processors:
+        return Config(8, step, max(1, step // 64), gluon)
+    if rows >= 24 * processors:
+        return Config(4, step, max(1, step // 64), gluon)
+    step = min(128, max(32, triton.next_power_of_2(units)))
+    return Config(4 if rows >= 12 * processors else 2, step, step // 32, gluon)
 
 
 # what the kernels ask for while they compile; Triton lets them see constants only
