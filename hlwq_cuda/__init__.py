@@ -1,7 +1,8 @@
 """HLWQ models in PyTorch: transformers integration and Triton kernels.
 
     import hlwq_cuda
-    model = AutoModelForCausalLM.from_pretrained(directory)
+    model = AutoModelForCausalLM.from_pretrained(directory)       # transformers, or
+    print(hlwq_cuda.load(directory).generate("What is a codebook?"))
 
 Importing this package tells transformers what "hlwq" is; without it, transformers refuses an HLWQ directory.
 """
@@ -12,8 +13,9 @@ from importlib.util import find_spec
 
 if find_spec("transformers") is not None:  # the kernels and modules need torch alone
     from hlwq_cuda.adapters import enable_lora
+    from hlwq_cuda.generate import LanguageModel, load, set_mode
     from hlwq_cuda.hf import HLWQConfig, register
 
-    __all__ = ["HLWQConfig", "enable_lora"]
+    __all__ = ["HLWQConfig", "LanguageModel", "enable_lora", "load", "set_mode"]
 
     register()

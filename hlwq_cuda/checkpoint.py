@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 try:
     from convert.checkpoint import Checkpoint, read_config
+    from convert.errors import ConvertError
     from convert.format import (
         BLOCK_SIZES,
         FORMAT_VERSION,
@@ -31,11 +32,14 @@ except ImportError as error:
 if TYPE_CHECKING:
     import numpy as np
 
+USER_ERRORS = (FormatError, ConvertError)  # one sentence each, for what a user can put right
+
 __all__ = [
     "BLOCK_SIZES",
     "FORMAT_VERSION",
     "QUANT_METHOD",
     "SUPPORTED_BITS",
+    "USER_ERRORS",
     "Checkpoint",
     "FormatError",
     "ModuleSpec",
@@ -43,11 +47,28 @@ __all__ = [
     "codes_name",
     "default_block_size",
     "encode",
+    "find_directory",
     "norms_name",
     "open_checkpoint",
     "plan_quantization",
     "refuse_mlx",
 ]
+
+
+def find_directory(model: Path | str) -> Path:
+    """The directory `model`, or the local copy of the Hub repository of that name, downloaded if need be."""
+    path, name = Path(model).expanduser(), str(model)
+    if path.is_dir():
+        return path
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise FormatError(f"{path}: no such directory")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name))
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise FormatError(f"{name}: no such directory, and the Hub could not deliver it: {reason}") from None
 
 
 def open_checkpoint(directory: Path | str) -> Checkpoint:

@@ -21,7 +21,7 @@ def pick_device(name: str | None) -> torch.device:
         except RuntimeError:
             raise DeviceError(f"{name!r} is not a device; name cuda, cuda:1 or cpu") from None
         check_device(device)
-        return device
+        return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
     usable = torch.cuda.is_available() and torch.cuda.get_device_capability(0) >= MIN_CAPABILITY
     return torch.device("cuda:0" if usable else "cpu")
 

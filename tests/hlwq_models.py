@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import numpy as np
 import torch
+from safetensors.torch import save_file
 
 from convert.__main__ import main as convert
+from convert.checkpoint import Checkpoint
 from tests.tiny_models import VOCABULARY, tiny_model
-
-PROMPT = torch.tensor([[257, 72, 101, 108, 108, 111, 258, 84, 104, 101, 32, 97, 110, 115, 119, 101, 114]])
 
 
 def source(family: str, root: Path, dtype: str = "float32") -> Path:
@@ -30,3 +32,22 @@ def converted(family: str, root: Path, *flags: str, dtype: str = "float32") -> P
 def random_ids(length: int, seed: int = 0) -> torch.Tensor:
     """int64 [1, length]."""
     return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(seed))
+
+
+def decoded(directory: Path, output: Path) -> Path:
+    """The unquantized checkpoint that the codes in `directory` stand for: float32, decoded by numpy."""
+    checkpoint = Checkpoint.open(directory)
+    modules = checkpoint.quantization.modules
+    tensors = {}
+    for module in modules:
+        is_stack = len(checkpoint.tensors[f"{module}.weight_codes"].shape) == 3
+        name = module if is_stack else f"{module}.weight"
+        tensors[name] = torch.from_numpy(checkpoint.weight(module, dtype=np.float32).copy())
+    for name, info in checkpoint.tensors.items():
+        if not name.endswith((".weight_codes", ".weight_norms")) and info.size:
+            tensors[name] = torch.from_numpy(checkpoint.tensor(name).astype(np.float32))
+    output.mkdir()
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
+    (output / "config.json").write_text(json.dumps(config))
+    return output

@@ -1,0 +1,141 @@
+"""Text generation against transformers' own, and the command line."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+import hlwq_cuda  # noqa: E402
+from hlwq_cuda.__main__ import main  # noqa: E402
+from hlwq_cuda.decode import HostSampler, Sampling  # noqa: E402
+from tests.hlwq_models import converted, random_ids  # noqa: E402
+from tests.tiny_models import FAMILIES  # noqa: E402
+
+NEW = 24
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="module")
+def llama(root: Path) -> hlwq_cuda.LanguageModel:
+    return hlwq_cuda.load(converted("llama", root), device="cpu")
+
+
+def check_greedy(directory: Path, device: str, mode: str, bound: float) -> None:
+    """Equal to greedy decoding of the dequantized model up to where its two best are closer than the error."""
+    model = hlwq_cuda.load(directory, device=device, mode=mode, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).dequantize()
+    ids = random_ids(9)
+    expected = dense.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=NEW,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = list(model.generate_tokens(ids[0].tolist(), NEW))
+    compared = 0
+    for found, token, logits in zip(tokens, expected.sequences[0, ids.shape[1] :], expected.logits, strict=False):
+        best = logits[0].topk(2).values
+        if best[0] - best[1] < bound * logits.norm() / logits.numel() ** 0.5:
+            break
+        assert found == token, f"token {compared}: {found}, not {int(token)}"
+        compared += 1
+    assert compared > 3 or compared == len(tokens), "the margins are too small to say anything"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers(family: str, root: Path):
+    check_greedy(converted(family, root), "cpu", "exact", bound=2**-8)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_equals_transformers_on_the_gpu(family: str, mode: str, root: Path):
+    """exact multiplies in fp16; int8 rounds activations to 1/127 of a block's largest."""
+    check_greedy(converted(family, root), "cuda", mode, bound=2**-6 if mode == "exact" else 0.3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_captured(family: str, root: Path, recwarn):
+    model = hlwq_cuda.load(converted(family, root), device="cuda")
+    list(model.generate_tokens([1, 2, 3], 4))
+    assert not [warning for warning in recwarn if "CUDA graph" in str(warning.message)]
+    fused = family in ("llama", "qwen3")
+    assert model.description.endswith("fused step" if fused else "transformers module")
+
+
+def test_an_answer_is_its_pieces(llama):
+    pieces = list(llama.stream("Hello", max_new_tokens=NEW))
+    assert "".join(pieces) == llama.generate("Hello", max_new_tokens=NEW)
+    tokens = list(llama.generate_tokens(llama.encode("Hello"), NEW))
+    assert "".join(pieces) == llama.tokenizer.decode(tokens, skip_special_tokens=True)
+    assert llama.timing.prompt_tokens == len(llama.encode("Hello"))
+    assert llama.timing.new_tokens == NEW and llama.timing.peak_bytes > 2**20
+
+
+def test_the_chat_template_is_used(llama):
+    text = "<|user|>Hi<|end|><|assistant|>"
+    assert llama.tokenizer.decode(llama.encode("Hi")) == text
+    assert llama.encode([{"role": "user", "content": "Hi"}]) == llama.encode("Hi")
+
+
+def test_seeds_repeat_and_differ(llama):
+    answers = [list(llama.generate_tokens([1, 2], NEW, Sampling(2.0, 0.9, seed))) for seed in (1, 1, 2)]
+    assert answers[0] == answers[1] != answers[2]
+
+
+def test_a_prompt_after_a_longer_one(llama):
+    """The cache is reused, and nothing of the last prompt is left in it."""
+    expected = list(llama.generate_tokens([5, 6, 7], NEW))
+    list(llama.generate_tokens(list(range(100)), NEW))
+    assert list(llama.generate_tokens([5, 6, 7], NEW)) == expected
+    list(llama.generate_tokens(list(range(250)), NEW))  # a new cache
+    assert list(llama.generate_tokens([5, 6, 7], NEW)) == expected
+
+
+def test_the_host_sampler_keeps_the_nucleus():
+    logits, token = torch.tensor([0.0, 2.0, 1.0, -3.0]), torch.zeros(1, dtype=torch.int64)
+    sampler = HostSampler()
+    sampler.set(Sampling(temperature=1.0, top_p=0.8))  # probabilities .09 .66 .24 .004: the two best reach .9
+    drawn = []
+    for position in range(200):
+        sampler.choose(logits, torch.tensor([position]), token)
+        drawn.append(int(token))
+    assert set(drawn) == {1, 2}
+    assert 0.62 < drawn.count(1) / 200 < 0.84  # .731, three standard errors of .031
+
+
+def test_generate_on_the_command_line(root: Path, capsys):
+    arguments = ["generate", "--model", str(converted("llama", root)), "--prompt", "Hi", "--max-new-tokens", "6"]
+    assert main([*arguments, "--temperature", "0.7", "--top-p", "0.9", "--seed", "3", "--device", "cpu"]) == 0
+    out, err = capsys.readouterr()
+    assert out.strip()
+    assert "tokens/s" in err and "peak memory" in err and "CPU, exact" in err
+
+
+def test_chat_remembers_the_turns(root: Path, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("One\nTwo\n\n"))
+    assert main(["chat", "--model", str(converted("llama", root)), "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    timings = [line for line in capsys.readouterr().err.splitlines() if line.startswith("prompt:")]
+    first, second = (int(line.split()[1]) for line in timings)
+    assert second > 2 * first - 4  # the second prompt holds the first and its answer
+
+
+def test_without_a_gpu_it_says_so(root: Path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main(["generate", "--model", str(converted("llama", root)), "--prompt", "Hi", "--max-new-tokens", "2"]) == 0
+    assert "running on the CPU" in capsys.readouterr().err
