@@ -1,7 +1,7 @@
 """`--style shim`: one Python file that brings hlwq_mlx along, for machines where the package is not installed.
 
 mlx-lm runs the file that config.json names as `model_file` when it is given --trust-remote-code. Ours holds the sources
-of this installation as text, copied at conversion time, and a loader that imports from that text. The only change is a
+of this installation as text, copied at conversion time, and unpacks them to a temporary directory. The only change is a
 prefix on our own imports, so that they never meet an installed hlwq_mlx or another package called `convert`.
 """
 
@@ -26,36 +26,33 @@ _LOADER = '''\
 Written by python -m convert --style shim. For machines where the package is installed, convert without that flag.
 """
 
-import importlib.abc
+import importlib
 import importlib.util
+import pathlib
 import sys
+import tempfile
 
 PREFIX = "@PREFIX@"
-
-
-class Bundle(importlib.abc.MetaPathFinder, importlib.abc.SourceLoader):
-    """Imports PREFIX.* from SOURCES."""
-
-    def find_spec(self, name, path=None, target=None):
-        if name.split(".")[0] == PREFIX and self.get_filename(name) in SOURCES:
-            return importlib.util.spec_from_loader(name, self)
-        return None
-
-    def get_filename(self, name):
-        path = name.replace(".", "/")
-        return f"{path}/__init__.py" if f"{path}/__init__.py" in SOURCES else f"{path}.py"
-
-    def get_data(self, path):
-        if path not in SOURCES:
-            raise OSError(f"{path}: not in the bundle")
-        return SOURCES[path].encode()
-
-
 SOURCES = {
 @SOURCES@}
 
+
+def unpack():
+    """Make PREFIX a package, in a directory that lives as long as the process: the kernels are read when first used."""
+    directory = tempfile.TemporaryDirectory(prefix=PREFIX)
+    for name, text in SOURCES.items():
+        path = pathlib.Path(directory.name, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    root = pathlib.Path(directory.name, PREFIX)
+    spec = importlib.util.spec_from_file_location(PREFIX, root / "__init__.py", submodule_search_locations=[str(root)])
+    package = importlib.util.module_from_spec(spec)
+    package.directory = directory
+    sys.modules[PREFIX] = package
+
+
 if PREFIX not in sys.modules:
-    sys.meta_path.append(Bundle())
+    unpack()
 model = importlib.import_module(f"{PREFIX}.hlwq_mlx.model")
 Model, ModelArgs = model.Model, model.ModelArgs
 '''

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import subprocess
 import sys
 import sysconfig
@@ -110,6 +111,11 @@ def test_shim_where_nothing_is_installed(source: Path, tmp_path: Path):
     result = environment.generate(model, "--trust-remote-code")
     assert result.returncode == 0, result.stderr
     assert "Generation: 4 tokens" in result.stdout
+    # one file that brings everything: the kernels' texts too, equal to those of this checkout
+    loader = runpy.run_path(str(model / "hlwq_model.py"))
+    for path in (ROOT / "hlwq_mlx").rglob("*"):
+        if path.suffix in (".metal", ".h", ".cu", ".cuh"):
+            assert loader["SOURCES"][f"{loader['PREFIX']}/{path.relative_to(ROOT).as_posix()}"] == path.read_text()
 
 
 def test_a_script_called_convert_is_named(source: Path, tmp_path: Path):
