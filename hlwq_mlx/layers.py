@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from hlwq_mlx import ops
+from hlwq_mlx import kernels, ops
 
 if TYPE_CHECKING:
     from hlwq_mlx.checkpoint import ModuleSpec
+    from hlwq_mlx.siblings import Siblings
 
 
 class _Quantized(nn.Module):
@@ -41,6 +42,7 @@ class _Quantized(nn.Module):
         self.weight_norms = mx.zeros((*rows, spec.blocks), mx.float16)
         if bias:
             self.bias = mx.zeros(rows, dtype)
+        self.codebook = tuple(codebook)
         self._table = ops.centroids(codebook, spec)  # "_": not a parameter
         self._kept: _Kept | None = None
         self.freeze()
@@ -54,6 +56,11 @@ class _Quantized(nn.Module):
         """Codes and norms have no gradient: they stay frozen, as in mlx.nn's quantized layers."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False)
+
+    def _path(self, dtype: mx.Dtype) -> ops.Path:
+        if mx.default_device().type == mx.DeviceType.cpu:
+            return ops.pick(mx.DeviceType.cpu, False)
+        return ops.pick(mx.DeviceType.gpu, kernels.work(self.codebook, self.spec, dtype))
 
     def _decoded(self) -> mx.array:
         """`ops.decode_for_cpu` of this layer, kept until the parameters are replaced."""
@@ -90,16 +97,36 @@ class _Matrix(_Quantized):
     """A quantized [N, K] that multiplies."""
 
     def _multiply(self, x: mx.array) -> mx.array:
-        if ops.pick(mx.default_device().type) is ops.Path.DECODED:
+        path = self._path(x.dtype)
+        if path is ops.Path.DECODED:
             return ops.linear_decoded(x, self._decoded(), self.spec)
+        if path is ops.Path.KERNELS:
+            product = kernels.product(self.codebook, self.spec, self.training)
+            return product(x, self.weight_codes, self.weight_norms)
         return ops.linear(x, self.weight_codes, self.weight_norms, self._table, self.spec)
 
 
 class HLWQLinear(_Matrix):
     """y = x W^T + bias: float [..., K] -> [..., N]."""
 
+    _siblings: Siblings | None = None
+    _index = 0
+
+    def join(self, siblings: Siblings, index: int) -> None:
+        """Compute together with the other layers of `siblings`, as number `index`, where kernels are used."""
+        self._siblings, self._index = siblings, index
+
+    def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
+        """The layer with a low-rank adapter on top, as `mlx_lm.lora` asks for it."""
+        from hlwq_mlx.lora import lora_linear
+
+        return lora_linear(self, self.spec.in_features, self.weight_codes.shape[0], r, scale, dropout)
+
     def __call__(self, x: mx.array) -> mx.array:
-        y = self._multiply(x)
+        if self._siblings and self._path(x.dtype) is ops.Path.KERNELS:
+            y = self._siblings.multiply(self._index, x)
+        else:
+            y = self._multiply(x)
         return y + self.bias if "bias" in self else y
 
 
@@ -107,7 +134,8 @@ class HLWQEmbedding(_Matrix):
     """Rows of W: integer [...] -> [..., K]; `as_linear` is the output head of a model with tied embeddings."""
 
     def __call__(self, ids: mx.array) -> mx.array:
-        return ops.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
+        compute = kernels if self._path(self.dtype) is ops.Path.KERNELS else ops
+        return compute.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """y = x W^T: float [..., K] -> [..., vocabulary]."""
@@ -132,10 +160,19 @@ class HLWQSwitchLinear(_Quantized):
         """K."""
         return self.spec.in_features
 
+    def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
+        """The layer with a low-rank adapter for each expert, as `mlx_lm.lora` asks for it."""
+        from hlwq_mlx.lora import lora_switch_linear
+
+        return lora_switch_linear(self, r, scale, dropout)
+
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
-        if ops.pick(mx.default_device().type) is ops.Path.DECODED:
+        packed = (self.weight_codes, self.weight_norms)
+        path = self._path(x.dtype)
+        if path is ops.Path.DECODED:
             y = ops.gather_linear_decoded(x, self._decoded(), self.spec, indices, sorted_indices)
-        else:
-            packed = (self.weight_codes, self.weight_norms, self._table, self.spec)
-            y = ops.gather_linear(x, *packed, indices, sorted_indices)
+        elif path is ops.Path.KERNELS and not self.training:
+            y = kernels.gather_linear(x, *packed, self.codebook, self.spec, indices, sorted_indices)
+        else:  # plain operations have gradients
+            y = ops.gather_linear(x, *packed, self._table, self.spec, indices, sorted_indices)
         return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y

@@ -21,6 +21,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 
 from hlwq_mlx.checkpoint import FormatError, QuantizationConfig, check_module, check_names, parse
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
+from hlwq_mlx.siblings import link
 
 CODES, NORMS = "weight_codes", "weight_norms"
 QUANTIZED_TYPES = {SwitchLinear: HLWQSwitchLinear, nn.Embedding: HLWQEmbedding, nn.Linear: HLWQLinear}
@@ -100,6 +101,7 @@ def _replace(model: nn.Module, quantization: QuantizationConfig, weights: Mappin
         codebook = quantization.codebooks[spec.bits]
         layers.append((path, quantized_type(tuple(rows), spec, codebook, dtype, bias="bias" in old)))
     model.update_modules(tree_unflatten(layers))
+    link(model.modules())
 
 
 def _main_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

@@ -24,16 +24,20 @@ class Path(Enum):
     """How a product is computed."""
 
     DECODED = "decoded"  # against the decoded rotated weight, which the layer keeps
+    KERNELS = "kernels"  # by hlwq_mlx.kernels, from the packed codes
     PORTABLE = "portable"  # decode a range of rows, multiply, forget
 
 
-def pick(device: mx.DeviceType) -> Path:
+def pick(device: mx.DeviceType, kernels_work: bool) -> Path:
     """The way to multiply on `device`.
 
     On the CPU a layer keeps its decoded weight: decoding takes a hundred times as long as the product of one token. A
-    GPU decodes at each call, because the copy would undo the savings that quantization is for.
+    GPU multiplies from the codes, by kernels, or decodes at each call where they do not work: a decoded copy would undo
+    the savings that quantization is for.
     """
-    return Path.DECODED if device == mx.DeviceType.cpu else Path.PORTABLE
+    if device == mx.DeviceType.cpu:
+        return Path.DECODED
+    return Path.KERNELS if kernels_work else Path.PORTABLE
 
 
 def centroids(codebook: Sequence[float], spec: ModuleSpec) -> mx.array:

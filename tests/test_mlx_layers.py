@@ -145,8 +145,9 @@ def test_switch(bits: int, in_features: int, tokens: int):
 
 
 def test_pick_keeps_decoded_weights_on_the_cpu_only():
-    assert ops.pick(mx.DeviceType.cpu) is ops.Path.DECODED
-    assert ops.pick(mx.DeviceType.gpu) is ops.Path.PORTABLE
+    assert ops.pick(mx.DeviceType.cpu, kernels_work=False) is ops.Path.DECODED
+    assert ops.pick(mx.DeviceType.gpu, kernels_work=True) is ops.Path.KERNELS
+    assert ops.pick(mx.DeviceType.gpu, kernels_work=False) is ops.Path.PORTABLE
 
 
 def test_kept_weight_follows_the_parameters():

@@ -12,7 +12,9 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from hlwq_mlx.metal.decoder import Decoder
+from hlwq_mlx.metal.decoder import Decoder, decoder
+
+__all__ = ["GEMV_MAX_ROWS", "Decoder", "decoder", "dequantize", "embedding", "gather_gemv", "gemv", "rotate"]
 
 GEMV_MAX_ROWS = 8  # rows of x whose sums fit a lane's registers
 _SIMD, _SIMDGROUPS, _ROWS = 32, 2, 4  # gemv.metal: lanes, simdgroups a threadgroup, outputs a simdgroup

@@ -26,7 +26,7 @@ class Way(str, Enum):
     TABLE = "table"  # one code a lookup
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # one object a codebook: compared and hashed by identity, at each call
 class Decoder:
     """One codebook, block size and way, as the kernels take them.
 

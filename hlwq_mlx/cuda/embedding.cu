@@ -1,0 +1,22 @@
+// Rows of the weight itself (docs/format.md, step 5): ids [rows], codes uint32 [.., Kp * b / 32], norms half [.., Kp / B]
+// -> out T [rows, K]. One warp a block: decode, rotate back, crop to K. The twin of hlwq_mlx/metal/embedding.metal.
+  constexpr int V = BLOCK / 32, BLOCKS = (K + BLOCK - 1) / BLOCK;
+  const int lane = threadIdx.x % 32, index = blockIdx.x * (blockDim.x / 32) + threadIdx.x / 32;
+  if (index >= ROWS * BLOCKS) return;
+  const int row = index / BLOCKS, block = index % BLOCKS;
+  const size_t source = size_t(ids[row]) * BLOCKS + block, words = source * (BLOCK * BITS / 32);
+  const float norm = float(norms[source]);
+  float v[V];
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    const int bit = (lane * V + i) * BITS, shift = bit & 31;
+    uint32_t code = codes[words + (bit >> 5)] >> shift;
+    if (shift + BITS > 32) code |= codes[words + (bit >> 5) + 1] << (32 - shift);
+    v[i] = norm * table[code & ((1u << BITS) - 1u)];
+  }
+  hlwq_transform<V>(v, lane);
+#pragma unroll
+  for (int i = 0; i < V; i++) {
+    const int k = block * BLOCK + lane * V + i;
+    if (k < K) out[size_t(row) * K + k] = T(v[i] * rsqrtf(float(BLOCK)));
+  }

@@ -1,0 +1,176 @@
+"""Layers and models on the Metal path, emulated: the same values as on the CPU path, which the reference checks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+import pytest
+
+from convert import packing, reference
+from convert.codebook import codebook
+from convert.format import ModuleSpec
+from hlwq_mlx import kernels, metal, ops, siblings
+from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
+from tests import metal_cpu
+from tests.metal_cpu import require
+
+pytestmark = require.emulator
+
+SPEC = ModuleSpec(4, 64, 128)
+
+
+@pytest.fixture(autouse=True)
+def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Every layer takes the kernels, which run on the emulator. Yields the names of the kernels launched."""
+    launched: list[str] = []
+    real = metal._kernel
+
+    def counted(stem: str, *arguments):
+        launched.append(stem)
+        return real(stem, *arguments)
+
+    monkeypatch.setattr(metal, "_kernel", counted)
+    monkeypatch.setattr(kernels, "backend", lambda: metal)
+    monkeypatch.setattr(ops, "pick", lambda *_, **__: ops.Path.KERNELS)
+    real.cache_clear()
+    with metal_cpu.emulated():
+        yield launched
+    for cached in (real, kernels.work, kernels.product, kernels._decoder):
+        cached.cache_clear()
+
+
+def quantized(cls, rows: tuple[int, ...], spec: ModuleSpec = SPEC, bias: bool = False, seed: int = 0):
+    """A layer with random weights, and the weights that its codes stand for, float64 [*rows, K]."""
+    random = np.random.default_rng(seed)
+    encoded = reference.encode(random.standard_normal((*rows, spec.in_features)).astype(np.float32), spec)
+    layer = cls(rows, spec, codebook(spec.bits), mx.float32, bias=bias)
+    layer.weight_codes = mx.array(packing.pack(encoded.codes, spec.bits))
+    layer.weight_norms = mx.array(encoded.norms)
+    if bias:
+        layer.bias = mx.array(random.standard_normal(rows).astype(np.float32))
+    layer.eval()
+    return layer, reference.decode(encoded, spec, codebook(spec.bits))
+
+
+def random_rows(*shape: int, seed: int = 1) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32))
+
+
+def assert_close(got: mx.array, expected: np.ndarray) -> None:
+    """Within the polynomial's approximation of the 4-bit codebook: .0056 = sqrt(.0033 * .0095), and scatter."""
+    assert np.linalg.norm(np.array(got) - expected) <= 0.015 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])  # 9: decoded, then an MLX product
+def test_linear(rows: int, on_metal: list[str]):
+    layer, weight = quantized(HLWQLinear, (20,), bias=True)
+    x = random_rows(1, rows, 128)
+    assert_close(layer(x), np.array(x) @ weight.T + np.array(layer.bias))
+    assert on_metal == ["rotate", "gemv" if rows <= 8 else "dequantize"]
+
+
+def test_embedding_and_its_use_as_the_head(on_metal: list[str]):
+    layer, weight = quantized(HLWQEmbedding, (33,))
+    ids = mx.array([[3, 32], [0, 3]])
+    assert np.abs(np.array(layer(ids)) - weight[np.array(ids)]).max() < 1e-5  # exact centroids, float32
+    x = random_rows(2, 128)
+    assert_close(layer.as_linear(x), np.array(x) @ weight.T)
+    assert on_metal == ["embedding", "rotate", "gemv"]
+
+
+@pytest.mark.parametrize("tokens,axes", [(1, 1), (2, 1), (2, 2), (7, 1)])
+def test_experts(tokens: int, axes: int, on_metal: list[str]):
+    """One row for all experts of a token (gate, up), one row an expert (down), and more tokens than experts."""
+    layer, weight = quantized(HLWQSwitchLinear, (4, 12), bias=True)
+    experts = np.random.default_rng(2).integers(0, 4, (tokens, 2))
+    x = random_rows(tokens, axes, 1, 128)
+    got = np.array(layer(x, mx.array(experts)))
+    for token in range(tokens):
+        for slot, expert in enumerate(experts[token]):
+            row = np.array(x)[token, slot % axes, 0]
+            assert_close(mx.array(got[token, slot, 0]), weight[expert] @ row + np.array(layer.bias)[expert])
+    assert on_metal == ["rotate", "gemv" if tokens * 2 < 8 else "dequantize"]
+
+
+class Attention(nn.Module):
+    """Three layers that read one input, the third with other bits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = {}
+        for i, (name, spec) in enumerate((("q_proj", SPEC), ("k_proj", SPEC), ("v_proj", ModuleSpec(2, 64, 128)))):
+            layer, weight = quantized(HLWQLinear, (12 + 4 * i,), spec, seed=i)
+            setattr(self, name, layer)
+            self.__dict__.setdefault("expected", {})[name] = weight
+
+
+def test_siblings_share_a_rotation_and_a_launch(on_metal: list[str]):
+    attention = Attention()
+    siblings.link([attention])
+    for seed in (3, 4):
+        x = random_rows(1, 128, seed=seed)
+        q, k, v = attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)
+        for y, name in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")):
+            assert_close(y, np.array(x) @ attention.expected[name].T)
+    assert on_metal == ["rotate", "gemv", "rotate", "gemv"] * 2
+    assert attention.q_proj._siblings._x is None  # nothing is held once every layer was called
+    assert attention.v_proj._siblings is None
+
+
+def test_siblings_called_in_any_order_or_with_other_inputs(on_metal: list[str]):
+    attention = Attention()
+    siblings.link([attention])
+    a, b = random_rows(1, 128, seed=5), random_rows(1, 128, seed=6)
+    for layer, name, x in (
+        (attention.k_proj, "k_proj", a),
+        (attention.k_proj, "k_proj", a),
+        (attention.q_proj, "q_proj", b),
+        (attention.q_proj, "q_proj", a),
+    ):
+        assert_close(layer(x), np.array(x) @ attention.expected[name].T)
+    replaced, weight = quantized(HLWQLinear, (12,), seed=9)
+    attention.q_proj.weight_codes, attention.q_proj.weight_norms = replaced.weight_codes, replaced.weight_norms
+    assert_close(attention.q_proj(b), np.array(b) @ weight.T)
+
+
+def test_gradient_of_the_input():
+    layer, weight = quantized(HLWQLinear, (20,))
+    layer.train()
+    x, target = random_rows(3, 128), random_rows(3, 20, seed=8)
+    gradient = mx.grad(lambda x: (layer(x) * target).sum())(x)
+    assert_close(gradient, np.array(target) @ weight)
+
+
+def test_adapters_train_and_refuse_to_fuse():
+    layer, _ = quantized(HLWQLinear, (20,))
+    adapted = layer.to_lora(r=4, scale=2.0)
+    adapted.train()
+    x, target = random_rows(16, 128), random_rows(16, 20, seed=8)
+    optimizer = optim.Adam(learning_rate=0.02)
+    step = nn.value_and_grad(adapted, lambda model: ((model(x) - target) ** 2).mean())
+    losses = []
+    for _ in range(8):
+        loss, gradients = step(adapted)
+        optimizer.update(adapted, gradients)
+        mx.eval(adapted.parameters())
+        losses.append(loss.item())
+    assert losses[-1] < 0.9 * losses[0]
+    assert set(dict(nn.utils.tree_flatten(adapted.trainable_parameters()))) == {"lora_a", "lora_b"}
+    with pytest.raises(ValueError, match="cannot be fused"):
+        adapted.fuse()
+
+
+def test_a_kernel_that_does_not_compile_gives_one_warning(monkeypatch: pytest.MonkeyPatch):
+    def broken(*_):
+        raise RuntimeError("[metal::Device] Unable to build metal library")
+
+    monkeypatch.setattr(metal, "_kernel", broken)
+    kernels._warn_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match="plain MLX operations") as caught:
+        assert not kernels.work(codebook(4), SPEC, mx.float16)
+        assert not kernels.work(codebook(2), ModuleSpec(2, 64, 128), mx.float16)
+    assert len(caught) == 1
