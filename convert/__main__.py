@@ -113,7 +113,7 @@ def _verify_parser() -> argparse.ArgumentParser:
 
 
 def _convert(arguments: argparse.Namespace) -> int:
-    output: Path | None = arguments.output
+    output = Path(os.path.abspath(arguments.output)) if arguments.output else None
     if output is None and not arguments.plan:
         raise ConvertError("--output is missing: name the directory to create, or ask for --plan")
     if output is not None:

@@ -22,7 +22,7 @@ from convert.target import Target
 from convert.tensors import is_float
 from convert.writer import Staging, cut_shards
 
-TASK_WEIGHTS = 2**21  # weights a task: 8 MB of float32, so that tens of tasks in flight stay far below a gigabyte
+TASK_WEIGHTS = 2**20  # weights a task: 4 MB of float32, so that tens of tasks in flight stay far below a gigabyte
 
 Progress = Callable[[int], object]  # called with the number of weights just written
 

@@ -13,11 +13,12 @@ from convert.checkpoint import read_config
 from convert.errors import ConvertError
 from convert.gguf import decode_gguf
 from convert.shard import ShardFile, StoredTensor
-from convert.tensors import DTYPES
+from convert.tensors import DTYPES, read_tensors
 
 DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]  # what describes the weights
 WEIGHTS = ["model*.safetensors"]
 ELSEWHERE = ["*/*"]  # sub-folders hold other formats (original/, onnx/)
+CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_codes", ".codes", "__packed")
 STAGING_MARK = ".hlwq-staging"
 
 
@@ -73,10 +74,14 @@ def refuse_quantized(directory: Path) -> None:
             found = part.get(key)
             if found:
                 method = found.get("quant_method") or found.get("mode") or key if isinstance(found, dict) else found
-                raise ConvertError(
-                    f"{directory / 'config.json'}: the model is already quantized ({method}); "
-                    "convert the original checkpoint instead"
-                )
+                raise _already_quantized(directory / "config.json", str(method))
+    for name, info in read_tensors(directory).items():
+        if name.endswith(CODES) or info.dtype.name.startswith("float8"):
+            raise _already_quantized(info.path, f"tensor {name}, {info.dtype.name}")
+
+
+def _already_quantized(path: Path, what: str) -> ConvertError:
+    return ConvertError(f"{path}: the model is already quantized ({what}); convert the original checkpoint instead")
 
 
 @contextmanager

@@ -66,6 +66,23 @@ def test_a_quantized_source_is_refused_by_name(
     assert f"config.json: the model is already quantized ({method})" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "int32"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "int32"),
+        ("model.layers.0.mlp.up_proj.weight", "float8_e4m3fn"),
+    ],
+)
+def test_codes_of_other_quantizers_are_refused_without_a_config(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, dtype: str
+):
+    tensors = {**random_tensors(llama_shapes()), name: np.zeros((64, 64), np.dtype(dtype))}
+    source = write_source(tmp_path / "source", tensors, LLAMA)
+    message = refuse(capsys, arguments(source, tmp_path / "out"))
+    assert f"model.safetensors: the model is already quantized (tensor {name}, {dtype})" in message
+
+
 @pytest.mark.parametrize("model_type", ["frobnicator", None])
 def test_an_unknown_architecture_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str], model_type: str | None):
     source = write_source(tmp_path / "source", random_tensors(llama_shapes()), {**LLAMA, "model_type": model_type})
