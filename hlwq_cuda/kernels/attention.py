@@ -101,13 +101,13 @@ def attention_kernel(
             k = tl.rsqrt(tl.sum(k * k, 0) / D + eps) * (k * k_cosine + k_partner * k_sine)
         else:
             k = k * cosine + k_partner * sine
-        k = k.to(keys.dtype.element_ty)
-        v = v.to(values.dtype.element_ty)
-        tl.store(keys + head_base + new * D + d, k, mask=in_head)
-        tl.store(values + head_base + new * D + d, v, mask=in_head)
-        running_max = tl.sum(q * k.to(tl.float32)[None, :], 1)
+        new_k = k.to(keys.dtype.element_ty)
+        new_v = v.to(values.dtype.element_ty)
+        tl.store(keys + head_base + new * D + d, new_k, mask=in_head)
+        tl.store(values + head_base + new * D + d, new_v, mask=in_head)
+        running_max = tl.sum(q * new_k.to(tl.float32)[None, :], 1)
         running_sum += 1.0
-        out += v.to(tl.float32)[None, :]
+        out += new_v.to(tl.float32)[None, :]
 
     q = q.to(keys.dtype.element_ty)
     first = start

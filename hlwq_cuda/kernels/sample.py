@@ -107,9 +107,10 @@ def pick_kernel(
     tiles = tl.arange(0, TILES_POW2)
     temperature = tl.load(settings)
     top_p = tl.load(settings + 1)
-    step = tl.load(position).to(tl.int32)
-    random, _, _, _ = tl.philox(tl.load(seed), index, step + 0 * index, 0 * index, 0 * index)
+    key = tl.load(seed)
     wait_for_previous_kernel(PDL)
+    step = tl.load(position).to(tl.int32)
+    random, _, _, _ = tl.philox(key, index, step + 0 * index, 0 * index, 0 * index)
 
     # a bin is kept when the bins before it do not reach top_p of the total
     counts = tl.load(histogram + tl.arange(0, BINS))
