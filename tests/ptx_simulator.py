@@ -1,4 +1,4 @@
-"""Executes the few PTX instructions that hlwq_cuda/kernels/decode.py uses, one warp at a time, in numpy.
+"""Executes the few PTX instructions that hlwq_cuda/kernels/decode.py and mma.py use, one warp at a time, in numpy.
 
 A register is an array uint32 [samples, 32 lanes]; the meaning of each instruction is that of the PTX ISA 8.x manual.
 Emulation: it shows that the sequences compute what they should, not what a GPU's assembler makes of them.
@@ -17,14 +17,31 @@ def run(statements: list[str], registers: dict[str, np.ndarray]) -> dict[str, np
     """Run `;`-separated statements on a copy of `registers`; names that start with a digit are integers."""
     state = {name: value.astype(U32) for name, value in registers.items()}
     shape = next(iter(state.values())).shape
+
+    def value(name: str):
+        if name.startswith("{"):
+            return [value(part) for part in _names(name)]
+        if name.startswith("0f"):
+            return np.full(shape, int(name[2:], 16), U32)
+        return np.full(shape, int(name, 0), U32) if name[0].isdigit() else state[name]
+
     for statement in " ".join(statements).split(";"):
-        words = statement.replace(",", " ").split()
-        if not words or words[0].startswith("."):
+        opcode, _, operands = statement.strip().partition(" ")
+        if not opcode or opcode.startswith("."):
             continue
-        opcode, destination, *sources = words
-        values = [np.full(shape, int(s, 0), U32) if re.match(r"\d", s) else state[s] for s in sources]
-        state[destination] = _EXECUTE[opcode](*values)
+        destination, *sources = re.findall(r"\{[^}]*\}|[^,\s]+", operands)
+        if destination.startswith("{") and opcode == "mov.b32":  # splits a register in two halves
+            opcode = "split"
+        result = _EXECUTE[opcode](*map(value, sources))
+        if destination.startswith("{"):
+            state.update(zip(_names(destination), result, strict=True))
+        else:
+            state[destination] = result
     return state
+
+
+def _names(group: str) -> list[str]:
+    return [part.strip() for part in group.strip("{}").split(",")]
 
 
 def prmt(a, b, selector):
@@ -76,7 +93,49 @@ def _fma(a, b, c):  # a product of two fp16 is exact in float64, and so is its s
     return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float16)
 
 
+def float32(function):
+    """Lift a function of float64 arrays to registers that hold float32, rounded once."""
+
+    def execute(*words):
+        return function(*(w.view(np.float32).astype(np.float64) for w in words)).astype(np.float32).view(U32)
+
+    return execute
+
+
+def mma(element, result):
+    """mma.m16n8kK of the elements of a register, K = 8 a register (PTX ISA, "Matrix fragments for mma").
+
+    Lane 4 g + t holds, in registers of A: rows g, g + 8, g, g + 8, the latter two half of K further on; of B: column g;
+    of C and D: row g + 8 (k // 2), column 2 t + k % 2. Sums are exact for int8, and far better than a GPU's for fp16.
+    """
+    width = 4 // np.dtype(element).itemsize
+    g, t = np.divmod(np.arange(32), 4)
+
+    def execute(a, b, c):
+        samples = len(a[0])
+        left, right = np.zeros((samples, 16, 8 * width)), np.zeros((samples, 8 * width, 8))
+        elements = [np.ascontiguousarray(w).view(element).reshape(samples, 32, width) for w in (*a, *b)]
+        for e in range(width):
+            for register in range(4):
+                left[:, g + 8 * (register % 2), register // 2 * 4 * width + t * width + e] = elements[register][..., e]
+            for register in range(2):
+                right[:, register * 4 * width + t * width + e, g] = elements[4 + register][..., e]
+        product = left @ right
+        sums = [product[:, g + 8 * (k // 2), 2 * t + k % 2] + c[k].view(result) for k in range(4)]
+        return [total.astype(result).view(U32) for total in sums]
+
+    return execute
+
+
 _EXECUTE = {
+    "split": lambda a: [a & U32(0xFFFF), a >> U32(16)],
+    "cvt.f32.f16": lambda a: a.astype(np.uint16).view(np.float16).astype(np.float32).view(U32),
+    "cvt.rn.f32.s32": lambda a: a.view(np.int32).astype(np.float32).view(U32),
+    "add.f32": float32(lambda a, b: a + b),
+    "mul.f32": float32(lambda a, b: a * b),
+    "fma.rn.f32": float32(lambda a, b, c: a * b + c),  # the product is exact in float64
+    "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": mma(np.float16, np.float32),
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": mma(np.int8, np.int32),
     "mov.b32": lambda a: a.copy(),
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
