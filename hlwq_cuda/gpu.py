@@ -10,9 +10,11 @@ from functools import cache
 import torch
 import triton
 
+from hlwq_cuda.kernels import dequantize as dequantize_kernels
 from hlwq_cuda.kernels import embedding as embedding_kernels
+from hlwq_cuda.kernels import gemm as gemm_kernels
 from hlwq_cuda.kernels import gemv as gemv_kernels
-from hlwq_cuda.kernels import plain
+from hlwq_cuda.kernels import prefill
 from hlwq_cuda.kernels import rotate as rotate_kernels
 from hlwq_cuda.kernels.layout import CHUNK
 
@@ -42,12 +44,29 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
     """`kernel`: what ops.pick returned."""
     rows = x.reshape(-1, in_features)
     launch = launch_options(x.device)
-    if kernel == "gemv" and len(rows) == 1:
+    out = x.new_empty((len(rows), codes.shape[0]))
+    weight = (codes, norms, table, bias)
+    if not len(rows):
+        return out.view(*x.shape[:-1], codes.shape[0])
+    if kernel == "dequantize" or (kernel == "gemm" and not has_gluon(triton.__version__)):
+        rotated = rotate_kernels.rotate(rows, block_size, launch)
+        prefill.multiply_exact(rotated, *weight, out, bits, block_size)
+    else:
         activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)
-        out = x.new_empty((*x.shape[:-1], codes.shape[0]))
-        gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, launch)
-        return out
-    return plain.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode)
+        if kernel == "gemv":
+            gemv(activation, *weight, out, bits, block_size, mode, launch)
+        elif kernel == "gemm":
+            gemm(activation, *weight, out, bits, block_size, mode, launch)
+        else:
+            prefill.multiply_int8(activation, *weight, out, bits, block_size)
+    return out.view(*x.shape[:-1], codes.shape[0])
+
+
+def gemm(activation, codes, norms, table, bias, out, bits, block_size, mode, launch) -> None:
+    """A few rotated rows times the weight, into out [M, N]."""
+    chunks = activation.half_sums.shape[-1]
+    config = gemm_kernels.pick(*out.shape, chunks, multiprocessors(out.device))
+    gemm_kernels.gemm(activation, codes, norms, table, bias, out, bits, block_size, mode, config, launch)
 
 
 def gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, launch) -> None:
@@ -67,4 +86,10 @@ def rotate(x, block_size) -> torch.Tensor:
     return rotate_kernels.rotate(x, block_size, launch_options(x.device))
 
 
-dequantize = plain.dequantize
+def dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated) -> torch.Tensor:
+    """The rotation back works on float32: a weight is rounded to `dtype` once."""
+    shape = (*codes.shape[:-1], norms.shape[-1] * block_size)
+    out = codes.new_empty(shape, dtype=dtype if rotated else torch.float32)
+    flat = (codes.flatten(0, -2), norms.flatten(0, -2), table, out.flatten(0, -2))
+    dequantize_kernels.dequantize(*flat, bits, block_size)
+    return out if rotated else rotate(out, block_size)[..., :in_features].to(dtype)

@@ -8,7 +8,7 @@ contributes to the next step: no shuffle, no shared memory, no reordered weights
     int8   m16n8k32: eight int8 of both rows, and eight of activations; four steps a chunk
 
 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "for mma.m16n8k32".) The sums of a block are scaled and added in
-float32: acc += norm * scale * (sums + half_sum); half sums belong to int8 entries m, which stand for m + 1/2 (tables.py).
+float32: acc += norm * scale * (sums + half_sum); half sums are for int8 entries m that stand for m + 1/2 (tables.py).
 Blocks of 64 or 32 lie in two or one of the four chunks: their sums are separate products, in which the activations of
 the other chunks are masked to zero. Tensor cores are idle enough at a few rows to make that the cheapest way.
 
@@ -24,6 +24,7 @@ from typing import NamedTuple
 from hlwq_cuda.kernels import decode
 from hlwq_cuda.kernels.layout import PLANES, SIGNED_BITS
 
+MAX_TILES = 4  # registers: 64 hold the activations of a piece
 PIECE = 128  # weights of K that one text multiplies: four lanes' chunks
 GROUP = 4  # pieces
 
@@ -59,8 +60,8 @@ def multiply(piece: Piece) -> tuple[str, str]:
 
     out: acc f32 [tiles]; element k of a lane is weight row g + 8 (k // 2), activation row 2 t + k % 2.
     in: the words of rows g, g + 8 [planes][2][plane_tensors]; activations [tiles][4, or 2 if int8]; norms fp16 of rows
-    g, g + 8 [2]; scales f32 of activation rows 2 t, 2 t + 1 [tiles][2]; half sums f32 of the four chunks, likewise [tiles]
-    [2], if any; masks of the sub-blocks' lanes [sub_blocks], if more than one; table [table_tensors]; acc [tiles].
+    g, g + 8 [2]; scales f32 of activation rows 2 t, 2 t + 1 [tiles][2]; half sums f32 of the four chunks, likewise
+    [tiles][2], if any; masks of the sub-blocks' lanes [sub_blocks], if more than one; table [table_tensors]; acc.
     """
     bits, int8, tiles, sub_blocks, index = piece
     mode = "int8" if int8 else "exact"
