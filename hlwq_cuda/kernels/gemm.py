@@ -3,7 +3,7 @@
     y[m, n] = sum over blocks of norm[n] * scale[m] * dot(entries of the block, values[m]) + bias[n]
 
 Two bodies, the same arithmetic. gemm_mma.py decodes into the fragments of tensor-core instructions and is what GPUs
-run, for every width, block size and number of rows. The kernel below is its readable twin on `tl.dot`, which fetches the
+run, for every width, block size and number of rows. The kernel below is its readable twin on `tl.dot`, and fetches the
 word of every code anew: Triton's interpreter runs it on a CPU, and the tests compare both with numpy.
 """
 
