@@ -1,9 +1,9 @@
-"""A MODEL, not a measurement: how close to a card's memory bandwidth our 4-bit kernels can come, from their instructions.
+"""A MODEL, not a measurement: the share of a card's memory bandwidth that our 4-bit kernels can reach.
 
     python -m benchmarks.cuda_model            # needs Triton, no GPU
 
-The kernels are compiled for each card's architecture, and the machine instructions counted (they are fully unrolled, so
-a count over all of a lane's weights is exact). A multiprocessor issues four instructions of 32 lanes a clock, and half
+The kernels are compiled for each card's architecture and their machine instructions counted (they are fully unrolled, so
+that a count over all of a lane's weights is exact). A multiprocessor issues four instructions of 32 lanes a clock, and half
 of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read the bytes
 at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, the start and end of a
 kernel and the clock under load are left out: on an H200 the measured share is about .8 of this bound.
@@ -46,8 +46,12 @@ CARDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__.splitlines()[0]).parse_args(argv)
-    print(f"MODEL from instruction counts, {N}x{K}, 4 bits: instructions a weight (of them logic) -> bound on the share")
+    argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__.splitlines()[0]).parse_args(
+        argv
+    )
+    print(
+        f"MODEL from instruction counts, {N}x{K}, 4 bits: instructions a weight (of them logic) -> bound on the share"
+    )
     kinds = [(m, mode) for m in (1, 8, 16) for mode in ("exact", "int8")]
     print("| card | " + " | ".join(f"M = {m} {mode}" for m, mode in kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")
@@ -94,7 +98,7 @@ def instructions(m: int, mode: str, card: Card) -> tuple[float, float]:
         outputs, lanes = config.rows, 32 * config.warps
     else:
         recorder = Recorder(gemm_mma, "gemm_mma_kernel")
-        config = gemm.pick(m, N, K // 32, card.processors)
+        config = gemm.pick(m, N, K // 32, mode == "int8", card.processors)
         with recorder:
             gemm.gemm(activation, *weight, config, launch)
         outputs, lanes = 16 * config.output_tiles, 32 * config.warps

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -67,6 +68,7 @@ def gemlite_int4(weight: torch.Tensor, x: torch.Tensor) -> Entry:
     """gemlite A16W4, groups of 128, float16, with the configurations that it ships for the H100."""
     import gemlite
 
+    gemlite.load_config(str(Path(gemlite.__file__).parent / "configs/h100.json"))
     n, k = weight.shape
     groups = weight.float().view(n, k // 128, 128)
     low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
@@ -90,10 +92,10 @@ def gemlite_int4(weight: torch.Tensor, x: torch.Tensor) -> Entry:
 
 def reference_project(weight: torch.Tensor, x: torch.Tensor) -> Entry:
     """The kernels of PyPI polarquant 0.6.0 (4-bit packed, block 128), rotation of the activation not included."""
-    from benchmarks.cuda_hlwq import encode, hadamard
     from polarengine_vllm.kernels.polar_gemm import polar_matmul
     from polarengine_vllm.kernels.polar_gemv import pack_codes_int4
 
+    from benchmarks.cuda_hlwq import encode, hadamard
     from convert.codebook import codebook
 
     n, k = weight.shape

@@ -64,8 +64,8 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
 
 def gemm(activation, codes, norms, table, bias, out, bits, block_size, mode, launch) -> None:
     """A few rotated rows times the weight, into out [M, N]."""
-    chunks = activation.half_sums.shape[-1]
-    config = gemm_kernels.pick(*out.shape, chunks, multiprocessors(out.device))
+    chunks = norms.shape[-1] * block_size // CHUNK
+    config = gemm_kernels.pick(*out.shape, chunks, mode == "int8", multiprocessors(out.device))
     gemm_kernels.gemm(activation, codes, norms, table, bias, out, bits, block_size, mode, config, launch)
 
 

@@ -143,6 +143,7 @@ _EXECUTE = {
     "shr.u32": lambda a, b: a >> b,
     "shf.l.wrap.b32": lambda low, high, n: (high << (n & U32(31))) | (low >> (U32(32) - (n & U32(31)))),
     "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mad.lo.s32": lambda a, b, c: a * b + c,  # the low word does not know signs
     "prmt.b32": prmt,
     "lop3.b32": lop3,
     "shfl.sync.idx.b32": shfl_idx,

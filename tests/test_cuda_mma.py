@@ -60,7 +60,6 @@ def check_piece(piece: mma.Piece) -> None:
     values = rng.integers(-127, 128, (8 * tiles, 512)).astype(np.int8) if int8 else None
     if values is None:
         values = rng.normal(size=(8 * tiles, 512)).astype(np.float16)
-    half_sums = values.astype(np.float32).reshape(8 * tiles, 16, 32).sum(-1) / 2
     table = make_table(codebook(bits), bits)
 
     operands = plane_operands(codes, bits, index)
@@ -70,8 +69,6 @@ def check_piece(piece: mma.Piece) -> None:
     operands += [pair for row in (G, G + 8) for pair in norms[row, tensor].copy().view(np.uint32).T]
     columns = [8 * n + 2 * T + p for n in range(tiles) for p in range(2)]
     operands += [scale for column in columns for scale in scales[column, tensor].T.view(np.uint32)]
-    if mma.has_half_sums(bits, int8):
-        operands += [half for c in columns for half in half_sums[c, 4 * index : 4 * index + 4].T.copy().view(np.uint32)]
     if sub_blocks > 1:
         masks = [np.where(T * sub_blocks // 4 == s, -1, 0).astype(np.int32) for s in range(sub_blocks)]
         operands += [mask.view(np.uint32) for mask in masks for _ in range(4)]

@@ -17,10 +17,11 @@ import triton
 import triton.language as tl
 
 from hlwq_cuda.kernels import decode, mma
-from hlwq_cuda.kernels.layout import PLANES
+from hlwq_cuda.kernels.layout import CHUNK, PLANES
 from hlwq_cuda.kernels.plain import Activation
 from hlwq_cuda.kernels.unpack import load_entries
 
+POLICY = "evict_first"
 _TILE_ROWS = 8  # activation rows of an mma
 _TILE_OUTPUTS = 16  # weight rows of an mma
 _GROUP_CHUNKS = 16  # chunks of K that a warp takes at a time
@@ -35,15 +36,22 @@ class Config(NamedTuple):
     ahead: int  # pieces of activations, 128 of K, in flight
 
 
-def pick(rows: int, outputs: int, chunks: int, processors: int) -> Config:
+# multiprocessors of the GPU -> (N, K, row tiles, int8) -> configuration
+MEASURED: dict[int, dict[tuple[int, int, int, bool], Config]] = {}
+
+
+def pick(rows: int, outputs: int, chunks: int, int8: bool, processors: int) -> Config:
     """A configuration for M = `rows`, N = `outputs`, Kp = 32 `chunks`, on a GPU of so many multiprocessors.
 
-    From measurements on an H200 (docs/measurements.md): about ten warps a multiprocessor keep the memory busy; they
-    split K where N is small, and two tiles of outputs share the activations where there are enough tiles for all.
+    What was measured, else a heuristic from the same measurements: about ten warps a multiprocessor keep the memory
+    busy; they split K where N is small, and two tiles of outputs share the activations where there are enough tiles.
     """
     row_tiles = min(mma.MAX_TILES, triton.cdiv(rows, _TILE_ROWS))
+    measured = MEASURED.get(processors, {}).get((outputs, chunks * CHUNK, row_tiles, int8))
+    if measured:
+        return measured
     tiles = triton.cdiv(outputs, _TILE_OUTPUTS)
-    output_tiles = 2 if tiles >= 2 * processors and row_tiles <= 2 else 1
+    output_tiles = 2 if tiles >= processors else 1
     wanted = triton.cdiv(10 * processors * output_tiles, tiles)
     warps = min(8, triton.next_power_of_2(wanted), triton.next_power_of_2(triton.cdiv(chunks, _GROUP_CHUNKS)))
     return Config(output_tiles, row_tiles, max(2, warps), 1)
@@ -65,7 +73,7 @@ def gemm(
     """out = activation @ weight.T + bias, on tensor cores."""
     from hlwq_cuda.kernels.gemm_mma import gemm_mma_kernel
 
-    (rows, outputs), chunks, int8 = out.shape, activation.half_sums.shape[-1], mode == "int8"
+    (rows, outputs), chunks, int8 = out.shape, norms.shape[1] * block_size // CHUNK, mode == "int8"
     texts, constraints = _texts(bits, int8, config.row_tiles, 128 // block_size)
     words = decode.table_words(bits, mode)
     grid = (
@@ -78,7 +86,6 @@ def gemm(
         table,
         activation.values.view(torch.int32),
         activation.scales,
-        activation.half_sums,
         out if bias is None else bias,
         out,
         rows,
@@ -89,7 +96,6 @@ def gemm(
         PLANE_1=(*PLANES[bits], 0)[1],
         SUB_BLOCKS=128 // block_size,
         INT8=int8,
-        HALF_SUMS=mma.has_half_sums(bits, int8),
         BIAS=bias is not None,
         TABLE_AT=words.start,
         TABLE_WORDS=len(words),
@@ -99,6 +105,7 @@ def gemm(
         R=config.output_tiles,
         TILES=config.row_tiles,
         AHEAD=config.ahead,
+        POLICY=POLICY,
         num_warps=config.warps,
         **launch,
     )
@@ -131,7 +138,7 @@ def gemm_plain(activation, codes, norms, table, bias, out, bits: int, block_size
         BITS=bits,
         INT8=mode == "int8",
         STEP_AT=decode.table_words(bits, mode).stop,
-        HALF_SUMS=mma.has_half_sums(bits, mode == "int8"),
+        HALF_SUMS=mma.is_offset(bits, mode == "int8"),
         BIAS=bias is not None,
     )
 

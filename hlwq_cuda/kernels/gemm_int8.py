@@ -33,7 +33,7 @@ def gemm_int8(
 ) -> None:
     """out = activation @ weight.T + bias."""
     rows, outputs = out.shape
-    has_offsets = mma.has_half_sums(bits, True)
+    has_offsets = mma.is_offset(bits, True)
     offsets = activation.scales
     if has_offsets:
         offsets = offsets * activation.half_sums.unflatten(-1, (-1, block_size // 32)).sum(-1)

@@ -1,6 +1,6 @@
 """Few rows of activations on tensor cores, the weight decoded straight into mma.sync fragments (Gluon; sm_80 and on).
 
-    y[m, n] = step * sum over blocks of norm[n] * scale[m] * (dot(entries, values[m]) + half_sum[m]) + bias[n]
+    y[m, n] = step * sum over blocks of norm[n] * scale[m] * dot(entries, values[m]) + bias[n]
 
 A thread block holds R tiles of 16 weight rows and 8 TILES rows of activations; its warps split K, four pieces of 128 at
 a time, and add their sums at the end through shared memory. Weights go from memory to registers to the tensor core;
@@ -22,7 +22,6 @@ def gemm_mma_kernel(
     table,  # int32, tables.py
     values,  # fp16 or int8 [M, 32 CHUNKS], seen as int32
     scales,  # f32 [M, BLOCKS]
-    half_sums,  # f32 [M, CHUNKS], if HALF_SUMS
     bias,  # [N], if BIAS
     y,  # [M, N]
     M,
@@ -33,7 +32,6 @@ def gemm_mma_kernel(
     PLANE_1: gl.constexpr,
     SUB_BLOCKS: gl.constexpr,  # 128 / B
     INT8: gl.constexpr,
-    HALF_SUMS: gl.constexpr,
     BIAS: gl.constexpr,
     TABLE_AT: gl.constexpr,  # where the entries of this mode begin in the table, and how many words they are;
     TABLE_WORDS: gl.constexpr,  # no words: every lane holds its share of the entries
@@ -43,6 +41,7 @@ def gemm_mma_kernel(
     R: gl.constexpr,
     TILES: gl.constexpr,
     AHEAD: gl.constexpr,  # pieces of activations in flight
+    POLICY: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -78,14 +77,12 @@ def gemm_mma_kernel(
         norm_row = norm_row + (norms + row * BLOCKS,)
     value_row = ()
     scale_row = ()
-    half_row = ()
     for n in gl.static_range(TILES):
         row = gl.minimum(8 * (column_tile + n) + g, M - 1)
         value_row = value_row + (values + row * (CHUNKS * LOADS * 4),)
         for p in gl.static_range(2):
             row = gl.minimum(8 * (column_tile + n) + 2 * t + p, M - 1)
             scale_row = scale_row + (scales + row * BLOCKS,)
-            half_row = half_row + (half_sums + row * CHUNKS,)
 
     acc = ()
     for _ in gl.static_range(R * TILES):
@@ -96,9 +93,11 @@ def gemm_mma_kernel(
         words = ()
         norm = ()
         for r in gl.static_range(2 * R):
-            planes = (_load_plane(code_row[r], chunk, t, index, PLANE_0, 0, CHUNKS, BITS, EVEN),)
+            planes = (_load_plane(code_row[r], chunk, t, index, PLANE_0, 0, CHUNKS, BITS, EVEN, POLICY),)
             if PLANE_1 > 0:
-                planes = planes + (_load_plane(code_row[r], chunk, t, index, PLANE_1, PLANE_0, CHUNKS, BITS, EVEN),)
+                planes = planes + (
+                    _load_plane(code_row[r], chunk, t, index, PLANE_1, PLANE_0, CHUNKS, BITS, EVEN, POLICY),
+                )
             words = words + (planes,)
             norm = norm + (_load_blocks(norm_row[r], chunk, j, SUB_BLOCKS, BLOCKS, EVEN),)
         if PDL and step == 0:
@@ -115,10 +114,6 @@ def gemm_mma_kernel(
             columns = ()
             for n in gl.static_range(2 * TILES):
                 columns = columns + (scale[n][piece * SUB_BLOCKS // 4],)
-            if HALF_SUMS:
-                for n in gl.static_range(2 * TILES):
-                    c = chunk + 4 * piece + j
-                    columns = columns + (_load(half_row[n] + c, c < CHUNKS, EVEN),)
             total = ()
             for r in gl.static_range(R):
                 rows = ()
@@ -169,6 +164,7 @@ def _load_plane(
     CHUNKS: gl.constexpr,
     BITS: gl.constexpr,
     EVEN: gl.constexpr,
+    POLICY: gl.constexpr,
 ):
     """One plane of a group: WIDTH tensors; of the lane's 4 WIDTH words, element j of tensor u is number 4 u + j."""
     out = ()
@@ -181,7 +177,10 @@ def _load_plane(
             word = 4 * u % WIDTH + index % 4
         c = chunk + 4 * piece + t
         at = row + (BEFORE * CHUNKS + c * WIDTH + word)
-        out = out + (_load(at, c < CHUNKS, EVEN),)
+        if EVEN:
+            out = out + (gl.load(at, eviction_policy=POLICY),)
+        else:
+            out = out + (gl.load(at, mask=c < CHUNKS, other=0, eviction_policy=POLICY),)
     return out
 
 

@@ -8,7 +8,8 @@ contributes to the next step: no shuffle, no shared memory, no reordered weights
     int8   m16n8k32: eight int8 of both rows, and eight of activations; four steps a chunk
 
 (PTX ISA, "Matrix fragments for mma.m16n8k16" and "for mma.m16n8k32".) The sums of a block are scaled and added in
-float32: acc += norm * scale * (sums + half_sum); half sums are for int8 entries m that stand for m + 1/2 (tables.py).
+float32: acc += norm * scale * sums. Int8 entries m that stand for m + 1/2 (tables.py) lack half the sum of activations;
+a product with a matrix of ones gives that sum where it is needed, cheaper than loading it.
 Blocks of 64 or 32 lie in two or one of the four chunks: their sums are separate products, in which the activations of
 the other chunks are masked to zero. Tensor cores are idle enough at a few rows to make that the cheapest way.
 
@@ -44,8 +45,8 @@ def plane_tensors(words: int, index: int) -> range:
     return range(index * words // GROUP, ((index + 1) * words - 1) // GROUP + 1)
 
 
-def has_half_sums(bits: int, int8: bool) -> bool:
-    """Whether entries stand for m + 1/2."""
+def is_offset(bits: int, int8: bool) -> bool:
+    """Whether entries m stand for m + 1/2."""
     return int8 and bits >= SIGNED_BITS
 
 
@@ -60,8 +61,8 @@ def multiply(piece: Piece) -> tuple[str, str]:
 
     out: acc f32 [tiles]; element k of a lane is weight row g + 8 (k // 2), activation row 2 t + k % 2.
     in: the words of rows g, g + 8 [planes][2][plane_tensors]; activations [tiles][4, or 2 if int8]; norms fp16 of rows
-    g, g + 8 [2]; scales f32 of activation rows 2 t, 2 t + 1 [tiles][2]; half sums f32 of the four chunks, likewise
-    [tiles][2], if any; masks of the sub-blocks' lanes [sub_blocks], if more than one; table [table_tensors]; acc.
+    g, g + 8 [2]; scales f32 of activation rows 2 t, 2 t + 1 [tiles][2]; masks of the sub-blocks' lanes [sub_blocks], if
+    more than one; table [table_tensors]; acc [tiles].
     """
     bits, int8, tiles, sub_blocks, index = piece
     mode = "int8" if int8 else "exact"
@@ -77,7 +78,6 @@ def multiply(piece: Piece) -> tuple[str, str]:
     x = [[register for _ in range(2 if int8 else 4) for register in ops.take("r")] for _ in range(tiles)]
     norms = [ops.take("r", 2) for _ in range(2)]
     scales = [[ops.take("f") for _ in range(2)] for _ in range(tiles)]
-    half_sums = [[ops.take("f") for _ in range(2)] for _ in range(tiles)] if has_half_sums(bits, int8) else None
     masks = [ops.take("r")[0] for _ in range(sub_blocks)] if sub_blocks > 1 else [None]
     table = [ops.take("r")[0] for _ in range(table_tensors(bits, int8))]
     acc = [ops.take("f") for _ in range(tiles)]
@@ -91,12 +91,10 @@ def multiply(piece: Piece) -> tuple[str, str]:
     at = index * sub_blocks % GROUP  # first element of the norms and scales of this piece
     for s, mask in enumerate(masks):
         for tile in range(tiles):
-            text += _steps(int8, tile, x[tile], mask, results)
+            text += _steps(piece, tile, x[tile], mask, results)
             scale = [row[at + s] for row in scales[tile]]
-            chunks = GROUP // sub_blocks
-            half = half_sums and [row[s * chunks : (s + 1) * chunks] for row in half_sums[tile]]
             source = acc[tile] if s == 0 else out[tile]
-            text += _scale_and_add(int8, tile, at + s, norms, scale, half, source, out[tile])
+            text += _scale_and_add(piece, tile, at + s, norms, scale, source, out[tile])
     return "\n".join(["{", *text, "}"]), ",".join(ops.constraints)
 
 
@@ -113,14 +111,15 @@ class _Operands:
 
 
 def _declarations(piece: Piece, results: int) -> str:
-    words = [f"w{row}_{i}" for row in range(2) for i in range(results)] + ["x0", "x1"]
+    words = [f"w{row}_{i}" for row in range(2) for i in range(results)] + ["x0", "x1", "one", "s0", "s1", "s2", "s3"]
     sums = [f"d{tile}_{k}" for tile in range(piece.tiles) for k in range(4)]
-    floats = ["norm0", "norm1", "e", "f", "half0", "half1"]
+    floats = ["norm0", "norm1", "e", "f"]
     if piece.int8:
         words += sums
     else:
         floats += sums
-    return f".reg .b32 {', '.join(words)}; .reg .f32 {', '.join(floats)}; .reg .b16 low, high;"
+    declared = f".reg .b32 {', '.join(words)}; .reg .f32 {', '.join(floats)}; .reg .b16 low, high;"
+    return declared + " mov.b32 one, 0x01010101;"
 
 
 def _decode_chunk(bits: int, mode: str, planes: list[list[str]], out: list[str]) -> list[str]:
@@ -138,40 +137,44 @@ def _decode_chunk(bits: int, mode: str, planes: list[list[str]], out: list[str])
     return text
 
 
-def _steps(int8: bool, tile: int, x: list[str], mask: str | None, results: int) -> list[str]:
-    shape = "m16n8k32.row.col.s32.s8.s8.s32" if int8 else "m16n8k16.row.col.f32.f16.f16.f32"
-    d = ", ".join(f"d{tile}_{k}" for k in range(4))
-    zero = ", ".join(["0" if int8 else "0f00000000"] * 4)
+def _steps(piece: Piece, tile: int, x: list[str], mask: str | None, results: int) -> list[str]:
+    """d = weights times activations; s = ones times activations, where the entries need it."""
+    d = [f"d{tile}_{k}" for k in range(4)]
     text = []
     for first in range(0, results, 2):
         b = x[first : first + 2]
         if mask:
             text.append(f"and.b32 x0, {b[0]}, {mask}; and.b32 x1, {b[1]}, {mask};")
             b = ["x0", "x1"]
-        a = f"w0_{first}, w1_{first}, w0_{first + 1}, w1_{first + 1}"
-        c = d if first else zero
-        text.append(f"mma.sync.aligned.{shape} {{{d}}}, {{{a}}}, {{{b[0]}, {b[1]}}}, {{{c}}};")
+        a = [f"w0_{first}", f"w1_{first}", f"w0_{first + 1}", f"w1_{first + 1}"]
+        text.append(_mma(piece.int8, d, a, b, first == 0))
+        if is_offset(piece.bits, piece.int8):
+            text.append(_mma(True, ["s0", "s1", "s2", "s3"], ["one"] * 4, b, first == 0))
     return text
 
 
-def _scale_and_add(int8, tile, element, norms, scale, half_sums, source, out) -> list[str]:
-    """out = source + norm * scale * (sums + half sum) for the four elements of a fragment."""
+def _mma(int8: bool, d: list[str], a: list[str], b: list[str], first: bool) -> str:
+    shape = "m16n8k32.row.col.s32.s8.s8.s32" if int8 else "m16n8k16.row.col.f32.f16.f16.f32"
+    c = ["0" if int8 else "0f00000000"] * 4 if first else d
+    operands = ", ".join(f"{{{', '.join(registers)}}}" for registers in (d, a, b, c))
+    return f"mma.sync.aligned.{shape} {operands};"
+
+
+def _scale_and_add(piece: Piece, tile: int, element: int, norms, scale, source, out) -> list[str]:
+    """out = source + norm * scale * sums for the four elements of a fragment."""
     text = []
+    offset = is_offset(piece.bits, piece.int8)
     for row in range(2):
         part = ("low", "high")[element % 2]
         text.append(f"mov.b32 {{low, high}}, {norms[row][element // 2]}; cvt.f32.f16 norm{row}, {part};")
-    for column, chunks in enumerate(half_sums or []):
-        text.append(f"mov.b32 half{column}, {chunks[0]};")
-        text += [f"add.f32 half{column}, half{column}, {chunk};" for chunk in chunks[1:]]
-        text.append(f"mul.f32 half{column}, half{column}, {scale[column]};")
+        if offset:
+            text.append(f"mul.f32 norm{row}, norm{row}, 0f3F000000;")  # the sums below are doubled
     for k in range(4):
         sums = f"d{tile}_{k}"
-        if int8:
+        if offset:
+            text.append(f"mad.lo.s32 {sums}, {sums}, 2, s{k};")
+        if piece.int8:
             text.append(f"cvt.rn.f32.s32 e, {sums};")
             sums = "e"
-        if half_sums:
-            text.append(f"fma.rn.f32 f, {sums}, {scale[k % 2]}, half{k % 2};")
-            text.append(f"fma.rn.f32 {out[k]}, f, norm{k // 2}, {source[k]};")
-        else:
-            text.append(f"mul.f32 f, norm{k // 2}, {scale[k % 2]}; fma.rn.f32 {out[k]}, {sums}, f, {source[k]};")
+        text.append(f"mul.f32 f, norm{k // 2}, {scale[k % 2]}; fma.rn.f32 {out[k]}, {sums}, f, {source[k]};")
     return text
