@@ -135,6 +135,7 @@ def config(layers: int) -> dict:
 def one_run(source: Path, output: Path, arguments: argparse.Namespace) -> dict:
     """Read the files, then convert them, both from the disk; the conversion in a process of its own."""
     drop_from_cache(source)
+    load = os.getloadavg()[0]
     started = time.perf_counter()
     for path in source.glob("*.safetensors"):
         with path.open("rb", buffering=0) as file:
@@ -155,6 +156,7 @@ def one_run(source: Path, output: Path, arguments: argparse.Namespace) -> dict:
     return {
         "seconds": round(seconds, 2),
         "read_seconds": round(read_seconds, 2),
+        "load_average_before": round(load, 1),
         "cpu_seconds": round(usage.ru_utime + usage.ru_stime, 2),
         "peak_rss_bytes": usage.ru_maxrss * unit,
     }
@@ -184,6 +186,8 @@ def print_table(result: dict) -> None:
     bound = result["peak_rss_bound_bytes"]
     print(f"{result['weights']:,} weights, {result['bits']} bits, encoder {result['encoder']}, {result['machine']}")
     print(f"million weights a second  {result['weights_per_second'] / 1e6:.1f} (median of {len(result['runs'])})")
+    cpu = statistics.median(run["cpu_seconds"] for run in result["runs"])
+    print(f"on one core alone         {result['weights'] / cpu / 1e6:.1f} (by processor time)")
     print(f"peak resident memory      {result['peak_rss_bytes'] / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB")
     print(f"time over a plain read    {result['ratio_to_plain_read']:.2f}")
     for run in result["runs"]:

@@ -121,7 +121,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
     dtype = UNQUANTIZED_DTYPES.get(arguments.dtype)
     staging = None if output is None or arguments.plan else _staging_beside(output)
-    with open_source(arguments.model, staging=staging, revision=arguments.revision, token=arguments.token) as source:
+    origin = {"revision": arguments.revision, "token": arguments.token, "progress_bar": _progress}
+    with open_source(arguments.model, staging=staging, **origin) as source:
         refuse_quantized(source.directory)
         target = open_target(arguments.target, source.directory, arguments.style)
         plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
@@ -157,9 +158,8 @@ def _verify(arguments: argparse.Namespace) -> int:
             verdict = verify(checkpoint, None, _cores(), progress)
     else:
         staging = _staging_beside(arguments.directory)
-        with open_source(
-            arguments.against, staging=staging, revision=arguments.revision, token=arguments.token
-        ) as source:
+        origin = {"revision": arguments.revision, "token": arguments.token, "progress_bar": _progress}
+        with open_source(arguments.against, staging=staging, **origin) as source:
             target = open_target("mlx" if checkpoint.quantization.base_model_type else "cuda", source.directory)
             with _progress(work(checkpoint, target), "weights") as progress:
                 verdict = verify(checkpoint, target, _cores(), progress)

@@ -67,6 +67,18 @@ def read_config(directory: Path) -> dict:
     return config
 
 
+def text_config(config: Mapping) -> Mapping:
+    """The part of a config.json that describes the language model."""
+    text = config.get("text_config")
+    return text if isinstance(text, Mapping) else config
+
+
+def config_number(config: Mapping, *names: str) -> int:
+    """The first of the language model's keys `names` that holds a positive integer, else 0."""
+    values = (text_config(config).get(name) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), 0)
+
+
 def _check_module(directory: Path, tensors: Mapping[str, TensorInfo], module: str, spec: ModuleSpec) -> None:
     expected = {codes_name(module): (np.uint32, spec.words), norms_name(module): (np.float16, spec.blocks)}
     for name, (dtype, last_axis) in expected.items():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
-from convert.checkpoint import Checkpoint
+from convert.checkpoint import Checkpoint, config_number, text_config
 from convert.format import codes_name, norms_name
 from convert.pipeline import Report
 from convert.plan import Plan, PlannedTensor, legal_tensor_parallel
@@ -116,17 +116,38 @@ def verdict_text(verdict: Verdict) -> str:
     return "\n".join(lines)
 
 
+def report_document(report: Report) -> dict:
+    """What a conversion did."""
+    return {
+        "output": str(report.output),
+        "weights": report.weights,
+        "bytes": report.nbytes,
+        "bits_per_weight": round(report.bits_per_weight, 4),
+        "resumed_shards": report.resumed_shards,
+        "seconds": round(report.seconds, 3),
+    }
+
+
+def report_text(report: Report) -> str:
+    """A finished conversion in one line."""
+    rate = report.weights / max(report.seconds, 1e-9) / 1e6
+    resumed = f", {report.resumed_shards} file(s) from an earlier run" if report.resumed_shards else ""
+    return (
+        f"{report.output}: {report.weights:,} weights in {human(report.nbytes)}, {report.bits_per_weight:.3f} bits a "
+        f"weight; {report.seconds:.1f} s, {rate:.0f} million weights a second{resumed}"
+    )
+
+
 def kv_cache_bytes(config: Mapping, tokens: int) -> int:
     """Bytes of a 16-bit key-value cache, from the usual keys of config.json; layers without attention have none."""
-    text = config.get("text_config") or config
-    layers = text.get("num_hidden_layers") or text.get("n_layer") or 0
-    heads = text.get("num_attention_heads") or text.get("n_head") or 1
-    hidden = text.get("hidden_size") or text.get("n_embd") or 0
-    head_dim = text.get("head_dim") or hidden // heads
-    kinds = text.get("layer_types") or ["full_attention"] * layers
-    window = text.get("sliding_window") or tokens
-    held = sum({"full_attention": tokens, "sliding_attention": min(window, tokens)}.get(kind, 0) for kind in kinds)
-    return 2 * 2 * held * (text.get("num_key_value_heads") or heads) * head_dim  # keys and values, two bytes each
+    heads = config_number(config, "num_attention_heads", "n_head") or 1
+    kv_heads = config_number(config, "num_key_value_heads") or heads
+    head_dim = config_number(config, "head_dim") or config_number(config, "hidden_size", "n_embd") // heads
+    layers = ["full_attention"] * config_number(config, "num_hidden_layers", "n_layer")
+    window = config_number(config, "sliding_window") or tokens
+    held = {"full_attention": tokens, "sliding_attention": min(window, tokens)}
+    positions = sum(held.get(kind, 0) for kind in text_config(config).get("layer_types") or layers)
+    return 2 * 2 * positions * kv_heads * head_dim  # keys and values, two bytes each
 
 
 def human(nbytes: float) -> str:
@@ -182,25 +203,3 @@ def _totals(document: Mapping) -> list[str]:
         f"size            {human(document['bytes'])}"
         + (f", from {human(document['source_bytes'])}" if "source_bytes" in document else ""),
     ]
-
-
-def report_document(report: Report) -> dict:
-    """What a conversion did."""
-    return {
-        "output": str(report.output),
-        "weights": report.weights,
-        "bytes": report.nbytes,
-        "bits_per_weight": round(report.bits_per_weight, 4),
-        "resumed_shards": report.resumed_shards,
-        "seconds": round(report.seconds, 3),
-    }
-
-
-def report_text(report: Report) -> str:
-    """A finished conversion in one line."""
-    rate = report.weights / max(report.seconds, 1e-9) / 1e6
-    resumed = f", {report.resumed_shards} file(s) from an earlier run" if report.resumed_shards else ""
-    return (
-        f"{report.output}: {report.weights:,} weights in {human(report.nbytes)}, {report.bits_per_weight:.3f} bits a "
-        f"weight; {report.seconds:.1f} s, {rate:.0f} million weights a second{resumed}"
-    )

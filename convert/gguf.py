@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ import numpy as np
 
 from convert.errors import ConvertError, writing
 from convert.gguf_tokenizer import tokenizer_files
+from convert.progress import ProgressBar, no_progress_bar
 from convert.shard import ShardFile, StoredTensor
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class GgufTensor:
     rotary_head_dim: int = 0  # rows of a head to put back into transformers' order; 0: leave the rows alone
 
 
-def decode_gguf(path: Path, directory: Path, weights: bool = True) -> None:
+def decode_gguf(path: Path, directory: Path, weights: bool = True, progress_bar: ProgressBar = no_progress_bar) -> None:
     """Write the model of the GGUF file `path` to `directory`; without `weights` only their headers.
 
     (A file of headers has the size of the real one but holds no data: a sparse file, made in no time, for --plan.)
@@ -75,9 +76,11 @@ def decode_gguf(path: Path, directory: Path, weights: bool = True) -> None:
     weights_path = directory / "model.safetensors"
     with writing(weights_path), weights_path.open("wb") as file:
         shard = ShardFile(file, [StoredTensor(each.name, dtype, each.shape) for each in tensors], {"format": "pt"})
-        for each in tensors if weights else ():
-            for first_row, data in _decode(path, each):
-                shard.write(each.name, first_row, data.astype(dtype))
+        with progress_bar(sum(math.prod(each.shape) for each in tensors), "weights decoded") as progress:
+            for each in tensors if weights else ():
+                for first_row, data in _decode(path, each):
+                    shard.write(each.name, first_row, data.astype(dtype))
+                    progress(data.size)
     tokenizer = {name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")}
     files = tokenizer_files(path, tokenizer)
     files["config.json"] = json.dumps(config, indent=2)
@@ -200,7 +203,7 @@ def _rename(path: Path, tensor: ReaderTensor, architecture: str, config: Mapping
     raise ConvertError(f"{path}: tensor {tensor.name} has no place in architecture {architecture!r}")
 
 
-def _decode(path: Path, tensor: GgufTensor):
+def _decode(path: Path, tensor: GgufTensor) -> Iterator[tuple[int, np.ndarray]]:
     """Pieces (first row, float32 rows) of a tensor, in whole heads where rows must be reordered."""
     from gguf import dequantize
 

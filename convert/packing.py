@@ -1,7 +1,8 @@
 """Codes to the little-endian bit stream of format 1 and back: code i of a row is bits [i*b, (i+1)*b) of the row.
 
 Eight codes fill `bits` bytes. Both directions treat eight one-byte codes as a 64-bit lane and halve (or double)
-the distance between fields in three steps, so a whole array takes three passes of word arithmetic.
+the distance between fields in three steps, so a whole array takes three passes of word arithmetic. Before that, packing
+joins neighbors while two of them fit a byte, which is all that 2 and 4 bits need.
 """
 
 from __future__ import annotations
@@ -18,15 +19,25 @@ _STEPS = ((0x00FF00FF00FF00FF, 8), (0x0000FFFF0000FFFF, 16), (0x00000000FFFFFFFF
 
 
 def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """uint8 codes [..., K], K a multiple of 32, each below 2**bits -> uint32 words [..., K * bits / 32]."""
+    """uint8 codes [..., K], K a multiple of 32, each below 2**bits -> uint32 words [..., K * bits / 32].
+
+    (8 bits need no packing: the words may share memory with `codes`.)
+    """
     if codes.dtype != np.uint8 or codes.shape[-1] % 32:
         raise ValueError(f"codes must be uint8 with a last axis of whole 32s, got {codes.dtype} {codes.shape}")
-    lanes = np.ascontiguousarray(codes).view(np.uint64)
+    shape = (*codes.shape[:-1], codes.shape[-1] * bits // 32)
+    codes = np.ascontiguousarray(codes)
+    while bits <= 4:  # two fields of a byte each become one of twice the width; the upper byte is dropped
+        pairs = codes.view(np.uint16)
+        codes, bits = (pairs | pairs >> np.uint16(8 - bits)).astype(np.uint8), 2 * bits
+    if bits == 8:
+        return codes.view(np.uint32).reshape(shape)
+    lanes = codes.view(np.uint64)
     for step, (low, width) in enumerate(_STEPS):
         used = bits << step  # bits of a field that carry codes
         lanes = (lanes & np.uint64(low)) | ((lanes >> np.uint64(width)) & np.uint64(low)) << np.uint64(used)
     stream = np.ascontiguousarray(lanes[..., None].view(np.uint8)[..., :bits])
-    return stream.reshape(*codes.shape[:-1], codes.shape[-1] // 8 * bits).view(np.uint32)
+    return stream.reshape(-1).view(np.uint32).reshape(shape)
 
 
 def unpack(words: np.ndarray, bits: int) -> np.ndarray:

@@ -18,13 +18,12 @@ from convert.errors import ConvertError
 from convert.format import codes_name, norms_name
 from convert.packing import pack
 from convert.plan import Plan, PlannedTensor
+from convert.progress import Progress, no_progress
 from convert.target import Target
 from convert.tensors import is_float
 from convert.writer import Staging, cut_shards
 
 TASK_WEIGHTS = 2**20  # weights a task: 4 MB of float32, so that tens of tasks in flight stay far below a gigabyte
-
-Progress = Callable[[int], object]  # called with the number of weights just written
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,7 @@ def convert(
     encoder: str = DEFAULT_ENCODER,
     max_shard_bytes: int,
     threads: int,
-    progress: Progress = lambda weights: None,
+    progress: Progress = no_progress,
 ) -> Report:
     """Write `plan` to `output`. `source_identity` (JSON) tells one source from another when a run is resumed."""
     started = time.monotonic()
@@ -65,9 +64,13 @@ def convert(
     layout = [(shard.name, [str(planned.stored) for planned in shard.tensors]) for shard in shards]
     run = _runner(target, ENCODERS[encoder])
     with Staging(output, _fingerprint([source_identity, encoder, config, layout])) as staging:
-        missing = [shard for shard in shards if not staging.is_finished(shard)]
+        missing = []
+        for shard in shards:
+            if staging.is_finished(shard):
+                progress(sum(planned.tensor.size for planned in shard.tensors))
+            else:
+                missing.append(shard)
         staging.require_space(missing)
-        progress(sum(planned.tensor.size for shard in shards if shard not in missing for planned in shard.tensors))
         with ThreadPoolExecutor(threads) as pool:
             for shard in missing:
                 tasks = (task for planned in shard.tensors for task in _tasks(planned))
@@ -117,7 +120,8 @@ def _runner(target: Target, encoder: Encoder) -> Callable[[Task], dict[str, np.n
         if planned.spec is None:
             return {tensor.name: _cast(data, planned)}
         try:
-            encoded = encoder(data.astype(np.float32), planned.spec)
+            with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are refused, not warned of
+                encoded = encoder(data.astype(np.float32), planned.spec)
         except ValueError as error:
             raise ConvertError(f"{tensor.where}: {error}") from None
         return {

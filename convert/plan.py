@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from convert.checkpoint import config_number
 from convert.codebook import codebook
 from convert.errors import ConvertError
 from convert.format import ModuleSpec, QuantizationConfig, codes_name, default_block_size, norms_name
@@ -114,9 +115,8 @@ def _plan_tensor(
 
 def legal_tensor_parallel(plan: Plan, config: Mapping, largest: int = 16) -> list[int]:
     """Degrees by which every quantized matrix and every attention head can be split without moving a block."""
-    text = config.get("text_config", config)
-    heads = text.get("num_attention_heads") or text.get("n_head") or 1
-    kv_heads = text.get("num_key_value_heads") or heads
+    heads = config_number(config, "num_attention_heads", "n_head") or 1
+    kv_heads = config_number(config, "num_key_value_heads") or heads
     degrees = [2**power for power in range(largest.bit_length()) if 2**power <= largest]
     return [
         degree

@@ -12,6 +12,7 @@ from pathlib import Path
 from convert.checkpoint import read_config
 from convert.errors import ConvertError
 from convert.gguf import decode_gguf
+from convert.progress import ProgressBar, no_progress_bar
 from convert.shard import ShardFile, StoredTensor
 from convert.tensors import DTYPES, read_tensors
 
@@ -19,6 +20,7 @@ DESCRIPTIONS = ["*.json", "*.txt", "*.model", "*.jinja", "LICENSE*", "*.py"]  # 
 WEIGHTS = ["model*.safetensors"]
 ELSEWHERE = ["*/*"]  # sub-folders hold other formats (original/, onnx/)
 CODES = (".qweight", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".weight_codes", ".codes", "__packed")
+IDENTIFYING = (".safetensors", ".json", ".gguf")
 STAGING_MARK = ".hlwq-staging"
 
 
@@ -27,12 +29,17 @@ class Source:
     """A model directory with safetensors files, and what identifies it when a conversion is resumed."""
 
     directory: Path
-    identity: list[list]  # [file name, bytes, modification time in ns] of every file
+    identity: list[list]  # [file name, bytes, modification time in ns] of weights and config
 
 
 @contextmanager
 def open_source(
-    model: str, *, staging: Path | None, revision: str | None = None, token: str | None = None
+    model: str,
+    *,
+    staging: Path | None,
+    revision: str | None = None,
+    token: str | None = None,
+    progress_bar: ProgressBar = no_progress_bar,
 ) -> Iterator[Source]:
     """The directory of `model` for the time of the `with` block.
 
@@ -46,7 +53,7 @@ def open_source(
         if path.suffix.lower() != ".gguf":
             raise ConvertError(f"{path}: --model is a directory, a Hub id or a .gguf file")
         with _scratch(staging) as directory:
-            decode_gguf(path, directory, weights=staging is not None)
+            decode_gguf(path, directory, weights=staging is not None, progress_bar=progress_bar)
             yield Source(directory, identity([path]))
     elif path.suffix in (".gguf", ".safetensors") or model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConvertError(f"{path}: no such file or directory")
@@ -60,8 +67,8 @@ def open_source(
 
 
 def identity(paths: list[Path]) -> list[list]:
-    """Name, size and time of the files among `paths`."""
-    stats = [(path.name, path.stat()) for path in paths if path.is_file()]
+    """Name, size and time of the files among `paths` that decide what is written."""
+    stats = [(path.name, path.stat()) for path in paths if path.suffix in IDENTIFYING and path.is_file()]
     return [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from convert.architectures import is_known
-from convert.checkpoint import read_config
+from convert.checkpoint import read_config, text_config
 from convert.errors import ConvertError
 from convert.format import BLOCK_SIZES, QuantizationConfig
 from convert.target import Kind, OutputTensor
@@ -72,12 +72,6 @@ class CudaTarget:
         kind, reason = classify(name, info, self._config)
         keep_dtype = name.rpartition(".")[2] in KEEP_DTYPE
         return OutputTensor(name, info.shape, info.dtype, f"{info.path}: tensor {name}", kind, reason, keep_dtype)
-
-
-def text_config(config: Mapping) -> Mapping:
-    """The part of config.json that describes the language model."""
-    text = config.get("text_config")
-    return text if isinstance(text, Mapping) else config
 
 
 def classify(name: str, info: TensorInfo, config: Mapping) -> tuple[Kind | None, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +14,13 @@ from convert.checkpoint import Checkpoint
 from convert.codebook import expected_error
 from convert.errors import ConvertError
 from convert.format import codes_name, norms_name
+from convert.progress import Progress, no_progress
 from convert.target import OutputTensor, Target
 from convert.tensors import TensorInfo, is_float, read
 from convert.writer import CHECKSUMS_NAME, checksum
 
 CHUNK_WEIGHTS = 2**21  # decoded at a time
 SUSPECT_FACTOR = 2.0  # a good encoder stays below this multiple of the error that the codebook has on normal data
-
-Progress = Callable[[int], object]  # called with the number of bytes or weights just checked
 
 
 @dataclass(frozen=True)
@@ -35,9 +34,7 @@ class Verdict:
     errors: tuple[tuple[str, float], ...] = ()
 
 
-def verify(
-    checkpoint: Checkpoint, target: Target | None, threads: int, progress: Progress = lambda done: None
-) -> Verdict:
+def verify(checkpoint: Checkpoint, target: Target | None, threads: int, progress: Progress = no_progress) -> Verdict:
     """Check everything in `checkpoint`; with the `target` it was made from, the error of every tensor too.
 
     (Names, dtypes and shapes were checked when the checkpoint was opened.)

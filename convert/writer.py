@@ -58,23 +58,18 @@ class Staging:
     def __init__(self, output: Path, fingerprint: str) -> None:
         """Create the staging directory, or take it over if `fingerprint` says that the same command left it."""
         check_output(output)
-        self.output, self.path = output, partial_path(output)
+        self.output, self.path = output, output.with_name(f"{output.name}.partial")
         self._journal = self.path / JOURNAL_NAME
         self._fingerprint = fingerprint
         self._finished: dict[str, str] = {}  # shard name -> SHA-256
-        if self.path.exists():
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = _lock(self.path)
+        if any(self.path.iterdir()):
             self._finished = self._read_journal()
         else:
-            self.path.mkdir(parents=True)
             self._write_journal()
-        self._lock = os.open(self.path, os.O_RDONLY)
 
     def __enter__(self) -> Staging:
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(self._lock)
-            raise ConvertError(f"{self.path}: another process is writing there; wait for it to end") from None
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -145,11 +140,6 @@ class Staging:
         os.replace(temporary, self._journal)
 
 
-def partial_path(output: Path) -> Path:
-    """Where the output lies until it is complete: beside its final name."""
-    return output.with_name(f"{output.name}.partial")
-
-
 def check_output(output: Path) -> None:
     """Refuse an output that exists and is not an empty directory."""
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -163,6 +153,17 @@ def checksum(path: Path) -> str:
         while piece := file.read(2**20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def _lock(directory: Path) -> int:
+    """Lock a directory for this process; the lock lasts while the returned descriptor is open."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise ConvertError(f"{directory}: another process is writing there; wait for it to end") from None
+    return descriptor
 
 
 def _write_text(path: Path, text: str) -> None:
