@@ -142,9 +142,12 @@ class _Architecture:
 
     def where(self, name: str) -> str:
         """The source's file and tensor."""
-        parts = self._plain[name]
-        info = self._infos[parts[0]] if parts else None
-        return f"{info.path}: tensor {parts[0]}" if info and parts else f"{self._directory}: tensor {name}"
+        sources = self._plain[name]
+        if not sources:
+            return f"{self._directory}: tensor {name}"
+        first, last = sources[0], sources[-1]
+        what = f"tensor {first}" if first == last else f"one of the stacked tensors {first} to {last}"
+        return f"{self._infos[first].path}: {what}"
 
     def layer_class(self, name: str) -> str:
         """The class of the layer that owns a tensor, "" for one that is not exactly of that class."""
