@@ -126,6 +126,8 @@ def _convert(arguments: argparse.Namespace) -> int:
         refuse_quantized(source.directory)
         target = open_target(arguments.target, source.directory, arguments.style)
         plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
+        if arguments.target == "cuda":
+            plan = plan.guarded()
         if output is None or arguments.plan:
             document = describe.plan_document(plan, output_config(target, plan))
             _print(arguments, document, describe.plan_text(document))

@@ -22,7 +22,8 @@ class Checkpoint:
     directory: Path
     config: Mapping  # the whole config.json
     quantization: QuantizationConfig
-    tensors: Mapping[str, TensorInfo]
+    tensors: Mapping[str, TensorInfo]  # without the guard
+    guarded: str | None = None  # the module whose weight's name the guard has, see docs/format.md
 
     @classmethod
     def open(cls, directory: Path | str) -> Checkpoint:
@@ -33,7 +34,10 @@ class Checkpoint:
         tensors = read_tensors(directory)
         for module, spec in quantization.modules.items():
             _check_module(directory, tensors, module, spec)
-        return cls(directory, config, quantization, tensors)
+        guards = [module for module in quantization.modules if _is_guard(tensors.get(f"{module}.weight"))]
+        for module in guards:
+            del tensors[f"{module}.weight"]
+        return cls(directory, config, quantization, tensors, guards[0] if guards else None)
 
     def tensor(self, name: str) -> np.ndarray:
         """An unquantized tensor in its stored dtype."""
@@ -77,6 +81,10 @@ def config_number(config: Mapping, *names: str) -> int:
     """The first of the language model's keys `names` that holds a positive integer, else 0."""
     values = (text_config(config).get(name) for name in names)
     return next((value for value in values if type(value) is int and value > 0), 0)
+
+
+def _is_guard(info: TensorInfo | None) -> bool:
+    return info is not None and info.shape == (0,)
 
 
 def _check_module(directory: Path, tensors: Mapping[str, TensorInfo], module: str, spec: ModuleSpec) -> None:

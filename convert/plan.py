@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -24,6 +24,7 @@ class PlannedTensor:
     tensor: OutputTensor
     spec: ModuleSpec | None
     dtype: np.dtype  # of a copied tensor in the output
+    guard: bool = False  # an empty tensor under the weight's own name joins the codes (docs/format.md)
 
     @property
     def stored(self) -> tuple[StoredTensor, ...]:
@@ -31,9 +32,11 @@ class PlannedTensor:
         if self.spec is None:
             return (StoredTensor(self.tensor.name, self.dtype, self.tensor.shape),)
         rows, module = self.tensor.shape[:-1], self.tensor.module
+        guard = (StoredTensor(self.tensor.name, np.dtype(np.float16), (0,)),) if self.guard else ()
         return (
             StoredTensor(codes_name(module), np.dtype(np.uint32), (*rows, self.spec.words)),
             StoredTensor(norms_name(module), np.dtype(np.float16), (*rows, self.spec.blocks)),
+            *guard,
         )
 
     @property
@@ -48,6 +51,15 @@ class Plan:
 
     tensors: tuple[PlannedTensor, ...]
     dtype: np.dtype | None = None  # what --dtype asked for
+
+    def guarded(self) -> Plan:
+        """The plan with a guard at its first quantized linear layer, else its first matrix: for transformers."""
+        matrices = [planned for planned in self.quantized if ".experts." not in planned.tensor.name]
+        matrices.sort(key=lambda planned: planned.tensor.kind is not Kind.LINEAR)  # stable
+        return replace(
+            self,
+            tensors=tuple(replace(planned, guard=planned in matrices[:1]) for planned in self.tensors),
+        )
 
     @property
     def quantized(self) -> tuple[PlannedTensor, ...]:

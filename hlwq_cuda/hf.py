@@ -263,9 +263,8 @@ def _check_directory(
     ignored = set(model._keys_to_ignore_on_load_unexpected or ())
     for key, place in places.items():
         for source in place.sources:
-            guard = checkpoint.tensors.get(f"{source}.weight")
-            if guard is not None and guard.size == 0:
-                ignored.add(rf"{re.escape(key)}$")
+            if source == checkpoint.guarded:
+                ignored |= {f"^{re.escape(name)}$" for name in (key, f"{source}.weight")}
         info = checkpoint.tensors[codes_name(place.sources[0])]
         if len(place.sources) == 1 and info.shape != tuple(modules[key].weight_codes.shape):
             expected = list(modules[key].weight_codes.shape)

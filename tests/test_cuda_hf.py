@@ -147,14 +147,16 @@ def test_adapters_train_on_top(root: Path):
     assert losses[-1] < losses[0] - 0.05, losses
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", FAMILIES)
 def test_without_this_package_transformers_refuses(family: str, root: Path, tmp_path: Path, monkeypatch):
     """Without the guard tensor it only warns, and the model computes with random weights."""
-    load(converted(family, root)).save_pretrained(tmp_path)
+    directory = converted(family, root)
+    load(directory).save_pretrained(tmp_path)
     monkeypatch.delitem(auto.AUTO_QUANTIZER_MAPPING, "hlwq")
     monkeypatch.delitem(auto.AUTO_QUANTIZATION_CONFIG_MAPPING, "hlwq")
-    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
+    for guarded in (directory, tmp_path):
+        with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+            AutoModelForCausalLM.from_pretrained(guarded)
 
 
 def test_registering_twice_is_harmless():

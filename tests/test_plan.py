@@ -98,3 +98,17 @@ def test_legal_tensor_parallel(heads: int, kv_heads: int, down: tuple, block: in
 def test_outputs_limit_tensor_parallel():
     plan = make_plan([tensor("l.mlp.up_proj.weight", (300, 4096))], make_recipe("uniform"))
     assert legal_tensor_parallel(plan, {"num_attention_heads": 32}) == [1, 2, 4]
+
+
+def test_the_guard_is_an_empty_tensor_at_one_linear_layer():
+    tensors = [
+        tensor("embed_tokens.weight", (100, 64), Kind.EMBEDDING),
+        tensor("mlp.experts.0.up_proj.weight", (64, 64)),
+        tensor("q_proj.weight", (64, 64)),
+        tensor("o_proj.weight", (64, 64)),
+    ]
+    plan = make_plan(tensors, make_recipe("uniform"))
+    names = {stored.name for planned in plan.tensors for stored in planned.stored}
+    added = [stored for planned in plan.guarded().tensors for stored in planned.stored if stored.name not in names]
+    assert [(stored.name, stored.shape) for stored in added] == [("q_proj.weight", (0,))]
+    assert plan.guarded().nbytes == plan.nbytes
