@@ -55,7 +55,16 @@ def Model(args: ModelArgs) -> nn.Module:
     """The architecture's model, as an instance of a subclass that puts the quantized layers in when it is loaded."""
     # same name and module as the base, so that whatever looks at the class sees the architecture
     members = {"sanitize": _sanitize(args), "__module__": args.base_class.__module__}
+    if hasattr(args.base_class, "shard"):
+        members["shard"] = _refuse_to_shard
     return type(args.base_class.__name__, (args.base_class,), members)(args.base_args)
+
+
+def _refuse_to_shard(self: nn.Module, group: mx.distributed.Group | None = None) -> None:
+    # mlx-lm's own would take our layers for its QuantizedLinear
+    raise NotImplementedError(
+        "HLWQ layers on MLX cannot be split within a layer; pass --pipeline, which gives each machine whole layers"
+    )
 
 
 def _sanitize(args: ModelArgs):

@@ -116,6 +116,15 @@ def test_portable_path(models, monkeypatch: pytest.MonkeyPatch, family: str):
     assert relative_error(logits(model), decoded) < 2e-5
 
 
+def test_distributed(models):
+    """A group of one: whole layers by pipeline load; a split within layers is refused."""
+    directory, group = str(models("qwen3_moe", "float32")[1]), mx.distributed.init()
+    model, _ = mlx_lm.utils.sharded_load(directory, pipeline_group=group)
+    assert relative_error(logits(model), logits(mlx_lm.load(directory)[0])) < 2e-5
+    with pytest.raises(NotImplementedError, match="pass --pipeline"):
+        mlx_lm.utils.sharded_load(directory, tensor_group=group)
+
+
 @pytest.mark.parametrize("family", ["gpt2", "qwen3_5", "qwen3_moe"])
 def test_conversion_may_forget_what_mlx_evaluated(models, family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Transposed weights and shifted norms are evaluated by MLX, from arrays made anew when too much is in memory."""
