@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,7 +19,7 @@ if sys.argv[1:2] != ["eval"]:
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
-from convert import describe, eval_command
+from convert import describe, eval_command, model_run
 from convert.checkpoint import Checkpoint
 from convert.encoders import DEFAULT_ENCODER, ENCODERS
 from convert.errors import ConvertError
@@ -78,14 +79,28 @@ def _convert_parser() -> argparse.ArgumentParser:
         help="mlx only. package (default): mlx-lm runs it where hlwq-mlx is installed; "
         "shim: brings its own loader file, mlx-lm needs --trust-remote-code",
     )
-    add("--recipe", default="uniform", help="uniform (default), seeds, or a JSON or YAML file of patterns and bits")
+    add(
+        "--recipe",
+        default="uniform",
+        help="uniform (default), seeds, auto (measured, for a target), or a JSON or YAML file of patterns and bits",
+    )
     add("--bits", type=int, default=DEFAULT_BITS, help=f"bits of recipe uniform: {bits} (default {DEFAULT_BITS})")
     add("--embed-bits", type=int, help="bits of the embedding")
     add("--head-bits", type=int, help="bits of the output head; a tied embedding takes the larger of the two")
     add("--block-size", type=int, choices=BLOCK_SIZES, help="weights a norm (default: the largest that divides K)")
     add(
-        "--encoder", choices=ENCODERS, default=DEFAULT_ENCODER, help=f"how codes are chosen (default {DEFAULT_ENCODER})"
+        "--encoder",
+        choices=(*ENCODERS, model_run.CALIBRATED),
+        default=DEFAULT_ENCODER,
+        help=f"how codes are chosen (default {DEFAULT_ENCODER}; calibrated runs the model in torch and transformers)",
     )
+    add(
+        "--calibration",
+        metavar="FILE|self",
+        help="text for --encoder calibrated and --recipe auto: a file, or self: the model writes it (default)",
+    )
+    add("--target-bpw", type=float, metavar="BITS", help="recipe auto: bits a weight over the whole model")
+    add("--target-size", type=parse_size, metavar="SIZE", help="recipe auto: size of all tensors, e.g. 5GB")
     add("--dtype", choices=UNQUANTIZED_DTYPES, help="dtype of what stays unquantized (default: the source's)")
     add("--revision", help="revision of a Hub model")
     add("--token", help="access token of the Hub (default: the one that huggingface_hub has stored)")
@@ -118,31 +133,54 @@ def _convert(arguments: argparse.Namespace) -> int:
         raise ConvertError("--output is missing: name the directory to create, or ask for --plan")
     if output is not None:
         check_output(output)
-    recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
+    model_run.check_options(arguments)
+    recipe = None
+    if arguments.recipe != model_run.AUTO:
+        recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
     dtype = UNQUANTIZED_DTYPES.get(arguments.dtype)
-    staging = None if output is None or arguments.plan else _staging_beside(output)
+    planning = output is None or arguments.plan
+    runs_model = recipe is None or (arguments.encoder == model_run.CALIBRATED and not planning)
+    staging = None if planning and not runs_model else _staging_beside(output or Path("plan"))
     origin = {"revision": arguments.revision, "token": arguments.token, "progress_bar": _progress}
     with open_source(arguments.model, staging=staging, **origin) as source:
         refuse_quantized(source.directory)
         target = open_target(arguments.target, source.directory, arguments.style)
+        model = model_run.SourceModel.load(source, arguments.calibration) if runs_model else None
+        if recipe is None:
+            assert model
+            with _progress(None, "groups") as progress:
+                recipe = model.recipe(arguments, target, dtype, progress)
         plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
         if arguments.target == "cuda":
             plan = plan.guarded()
+        document = describe.plan_document(plan, output_config(target, plan))
         if output is None or arguments.plan:
-            document = describe.plan_document(plan, output_config(target, plan))
             _print(arguments, document, describe.plan_text(document))
             return 0
+        if arguments.recipe == model_run.AUTO:
+            print(describe.plan_text(document), file=sys.stderr)
+        encode, identity = None, source.identity
+        store = output.with_name(f"{output.name}.calibration")
+        if arguments.encoder == model_run.CALIBRATED:
+            assert model
+            with _progress(None, "layers") as progress:
+                encode, outcome = model.calibrated(target, plan, store, progress)
+            identity = [*identity, model.text_digest]
+            print(outcome.text(), file=sys.stderr)
         with _progress(plan.weights, "weights") as progress:
             report = convert(
                 target,
                 plan,
                 output,
                 encoder=arguments.encoder,
-                source_identity=source.identity,
+                encode=encode,
+                source_identity=identity,
                 max_shard_bytes=arguments.max_shard_size,
                 threads=_cores(),
                 progress=progress,
             )
+        if encode is not None:
+            shutil.rmtree(store)
     _print(arguments, describe.report_document(report), describe.report_text(report))
     return 0
 
@@ -189,7 +227,7 @@ def parse_size(text: str) -> int:
 
 
 @contextmanager
-def _progress(total: int, unit: str) -> Iterator[Callable[[int], object]]:
+def _progress(total: int | None, unit: str) -> Iterator[Callable[[int], object]]:
     """A bar with rate and time left on a terminal, after two seconds; nothing elsewhere."""
     from tqdm import tqdm
 

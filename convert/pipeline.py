@@ -53,16 +53,20 @@ def convert(
     *,
     source_identity: object,
     encoder: str = DEFAULT_ENCODER,
+    encode: Encoder | None = None,
     max_shard_bytes: int,
     threads: int,
     progress: Progress = no_progress,
 ) -> Report:
-    """Write `plan` to `output`. `source_identity` (JSON) tells one source from another when a run is resumed."""
+    """Write `plan` to `output`. `source_identity` (JSON) tells one source from another when a run is resumed.
+
+    encoder: a name of ENCODERS; for any other name, `encode` is what it stands for.
+    """
     started = time.monotonic()
     shards = cut_shards(plan, max_shard_bytes)
     config = output_config(target, plan)
     layout = [(shard.name, [str(planned.stored) for planned in shard.tensors]) for shard in shards]
-    run = _runner(target, ENCODERS[encoder])
+    run = _runner(target, encode or ENCODERS[encoder])
     with Staging(output, _fingerprint([source_identity, encoder, config, layout])) as staging:
         missing = []
         for shard in shards:

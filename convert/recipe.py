@@ -110,6 +110,12 @@ def check_fused(bits_by_module: Iterable[tuple[str, int | None]]) -> None:
                 )
 
 
+def fused_key(module: str) -> str:
+    """Equal for modules that must have the same bits, different for all others."""
+    group = next(iter(_groups(module)), None)
+    return module if group is None else f"{group[0]}{'+'.join(FUSED[group[1]]) if group[1] >= 0 else ''}"
+
+
 def _groups(module: str) -> Iterable[tuple[str, int]]:
     parent, _, leaf = module.rpartition(".")
     shared, is_expert = _EXPERT_INDEX.subn(".experts.*.", f"{parent}.")

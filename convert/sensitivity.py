@@ -1,0 +1,69 @@
+"""How much KL divergence each group of matrices causes when it alone is quantized (torch + transformers)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from convert import feedback
+from convert.code_store import row_digests
+from convert.format import ModuleSpec
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+
+def measure(
+    model: nn.Module,
+    windows: np.ndarray,
+    group_of: Callable[[np.ndarray], tuple[str, ModuleSpec] | None],
+    progress: Callable[[int], object] = lambda groups: None,
+) -> dict[str, float]:
+    """Mean KL divergence from the unquantized model, nats a token, for every group that `group_of` names.
+
+    model: a transformers causal language model on its device. windows: int64 [windows, length]. group_of: digest of a
+    matrix's first row -> its group and how to quantize it, None to leave it. The model is left as it was.
+    """
+    import torch
+
+    groups: dict[str, list[tuple[torch.Tensor, ModuleSpec]]] = {}
+    for parameter in model.parameters():
+        if parameter.ndim not in (2, 3):
+            continue
+        first_row = parameter.data.reshape(-1, parameter.shape[-1])[:1]
+        found = group_of(row_digests(first_row.to("cpu", torch.float32).numpy()))
+        if found is not None:
+            groups.setdefault(found[0], []).append((parameter.data, found[1]))
+    batch = torch.from_numpy(windows).to(model.device)
+    losses: dict[str, float] = {}
+    with torch.no_grad():
+        reference = _log_softmax(model, batch)
+        for name, members in groups.items():
+            originals = [weight.clone() for weight, _ in members]
+            for weight, spec in members:
+                rows = weight.view(-1, weight.shape[-1])
+                rows.copy_(quantized_by_search(rows.float(), spec))
+            losses[name] = _mean_kl(reference, _log_softmax(model, batch))
+            for (weight, _), original in zip(members, originals, strict=True):
+                weight.copy_(original)
+            progress(1)
+    return losses
+
+
+def quantized_by_search(weight: torch.Tensor, spec: ModuleSpec) -> torch.Tensor:
+    """The decoded weight [N, K] that the search encoder gives."""
+    rotated = feedback.rotate_rows(weight, spec.block_size)
+    state = feedback.nearest_codes(rotated, feedback.search_norms(rotated, spec), spec)
+    return feedback.rotate_rows(state.values(), spec.block_size)[:, : spec.in_features]
+
+
+def _log_softmax(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:
+    return [model(input_ids=window[None], use_cache=False).logits[0].float().log_softmax(-1) for window in batch]
+
+
+def _mean_kl(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    kl = [(p.exp() * (p - q)).sum(-1).mean() for p, q in zip(reference, other, strict=True)]
+    return max(float(sum(kl) / len(kl)), 0.0)
