@@ -187,7 +187,7 @@ def print_table(result: dict) -> None:
     print(f"{result['weights']:,} weights, {result['bits']} bits, encoder {result['encoder']}, {result['machine']}")
     print(f"million weights a second  {result['weights_per_second'] / 1e6:.1f} (median of {len(result['runs'])})")
     cpu = statistics.median(run["cpu_seconds"] for run in result["runs"])
-    print(f"on one core alone         {result['weights'] / cpu / 1e6:.1f} (by processor time)")
+    print(f"a processor-second        {result['weights'] / cpu / 1e6:.1f} million (what other load does not change)")
     print(f"peak resident memory      {result['peak_rss_bytes'] / 1e9:.2f} GB, bound {bound / 1e9:.2f} GB")
     print(f"time over a plain read    {result['ratio_to_plain_read']:.2f}")
     for run in result["runs"]:
