@@ -88,6 +88,8 @@ def read_patterns(path: Path) -> dict[str, int | None]:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
         raise ConvertError(f"--recipe {path}: not uniform, not seeds, not a readable file ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise ConvertError(f"{path}: a recipe is a JSON or YAML file, and this is not text") from None
     patterns = _parse(path, text)
     if not isinstance(patterns, dict) or not patterns:
         raise ConvertError(f'{path}: a recipe maps patterns to bits, for example {{"*.down_proj": 5, "*": 4}}')

@@ -129,7 +129,9 @@ def _read_index(path: Path) -> dict[str, str]:
 def _read_without_index(directory: Path) -> dict[str, TensorInfo]:
     paths = sorted(directory.glob("model*.safetensors"))
     if not paths:
-        raise FormatError(f"{directory}: no model*.safetensors file; is this a model directory?")
+        others = [path.name for path in directory.glob("*.bin")] + [path.name for path in directory.glob("*.pth")]
+        hint = f"save {min(others)} as safetensors first" if others else "is this a model directory?"
+        raise FormatError(f"{directory}: no model*.safetensors file; {hint}")
     tensors: dict[str, TensorInfo] = {}
     for path in paths:
         _check_shard_count(path, paths)

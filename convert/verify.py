@@ -76,8 +76,10 @@ def _read_sums(directory: Path) -> dict[str, str]:
         lines = (directory / CHECKSUMS_NAME).read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         return {}
+    except UnicodeDecodeError:
+        lines = ["not text"]
     pairs = [line.split(maxsplit=1) for line in lines if line.strip()]
-    if any(len(pair) != 2 for pair in pairs):
+    if any(len(pair) != 2 or len(pair[0]) != 64 for pair in pairs):
         raise ConvertError(f"{directory / CHECKSUMS_NAME}: not lines of a checksum and a file name")
     return {name: digest for digest, name in pairs}
 

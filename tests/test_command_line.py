@@ -137,6 +137,13 @@ def test_verify_finds_values_that_are_not_finite(converted: Path, tmp_path: Path
     ]
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"just words here\n"])
+def test_damaged_sums_are_refused(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes):
+    damaged = copy(converted, tmp_path / "damaged")
+    (damaged / "SHA256SUMS").write_bytes(content)
+    assert "SHA256SUMS: not lines of a checksum and a file name" in refuse(capsys, ["verify", str(damaged)])
+
+
 def test_verify_finds_another_source(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     shapes = llama_shapes(tied=False)
     tensors = random_tensors(shapes, seed=1)

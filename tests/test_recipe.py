@@ -88,6 +88,12 @@ def test_bad_yaml_is_refused_in_one_line(tmp_path: Path):
     assert "\n" not in str(caught.value)
 
 
+def test_a_recipe_that_is_not_text_is_refused(tmp_path: Path):
+    (tmp_path / "r.json").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConvertError, match=r"r.json: a recipe is a JSON or YAML file, and this is not text"):
+        make_recipe(str(tmp_path / "r.json"))
+
+
 def test_an_unknown_recipe_is_refused():
     with pytest.raises(ConvertError, match=r"--recipe sedes: not uniform, not seeds, not a readable file"):
         make_recipe("sedes")

@@ -147,7 +147,10 @@ def test_the_index_decides_between_two_files(tmp_path: Path):
 
 
 def test_a_directory_without_weights_is_refused(tmp_path: Path):
-    with pytest.raises(FormatError, match=r"no model\*.safetensors file"):
+    with pytest.raises(FormatError, match=r"no model\*.safetensors file; is this a model directory"):
+        read_tensors(tmp_path)
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(FormatError, match=r"no model\*.safetensors file; save pytorch_model.bin as safetensors"):
         read_tensors(tmp_path)
 
 
