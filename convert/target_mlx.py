@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ class MlxTarget:
         self._config = read_config(directory)
         self._infos = read_tensors(directory)
         self._mlx = _Architecture(directory, self._config, self._infos)
-        self.tensors: Sequence[OutputTensor] = [self._describe(name) for name in self._mlx.names]
+        self.tensors: Sequence[OutputTensor] = [self._describe(name) for name in self._mlx.tensors]
 
     def read(self, tensor: OutputTensor, rows: slice) -> np.ndarray:
         """A range of the tensor's first axis."""
@@ -92,10 +92,10 @@ class MlxTarget:
         return {TOKENIZER_CONFIG: json.dumps({**config, "tokenizer_class": type(tokenizer).__name__}, indent=2)}
 
     def _describe(self, name: str) -> OutputTensor:
-        shape, dtype = self._mlx.shape_and_dtype(name)
-        kind, reason = self._classify(name, shape)
+        found = self._mlx.tensors[name]
+        kind, reason = self._classify(name, found.shape)
         keep = name.rpartition(".")[2] in KEEP_DTYPE or not self._mlx.may_cast(name)
-        return OutputTensor(name, shape, dtype, self._mlx.where(name), kind, reason, keep)
+        return OutputTensor(name, found.shape, found.dtype, self._mlx.where(name), kind, reason, keep)
 
     def _classify(self, name: str, shape: tuple[int, ...]) -> tuple[Kind | None, str]:
         """What a tensor is by the class of the layer that owns it, or None and why it keeps its dtype."""
@@ -117,8 +117,18 @@ class MlxTarget:
         return (Kind.HEAD if parts[-1] in HEADS else Kind.LINEAR), ""
 
 
+@dataclass(frozen=True)
+class _Tensor:
+    """A tensor of the sanitized model: a source tensor, a stack of several, or (no sources) computed by MLX."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    sources: tuple[str, ...]
+    stacked: bool
+
+
 class _Architecture:
-    """mlx-lm's model class for a source, and the source's tensors as that class wants them.
+    """mlx-lm's model class for a source, and the source's tensors as that class wants them: `tensors`, by name.
 
     All of MLX runs on one thread of its own, because its streams belong to the thread that made them.
     """
@@ -127,22 +137,15 @@ class _Architecture:
         self._directory = directory
         self._infos = infos
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="mlx")
-        self._latest: dict[str, np.ndarray] = {}  # the last two evaluated tensors: tasks overlap at a boundary
+        self._latest: dict[str, np.ndarray] = {}  # the last two computed tensors: tasks overlap at a boundary
         self._lock = threading.Lock()
+        self._evaluated_bytes = 0
+        self._mx, self._nn, self._utils, self._switch_linear = _import_mlx()
         self._run(self._load, config)
-
-    @property
-    def names(self) -> list[str]:
-        """The tensors of the sanitized model."""
-        return list(self._plain)
-
-    def shape_and_dtype(self, name: str) -> tuple[tuple[int, ...], np.dtype]:
-        """Known without reading."""
-        return self._shapes[name], self._dtypes[name]
 
     def where(self, name: str) -> str:
         """The source's file and tensor."""
-        sources = self._plain[name]
+        sources = self.tensors[name].sources
         if not sources:
             return f"{self._directory}: tensor {name}"
         first, last = sources[0], sources[-1]
@@ -159,46 +162,45 @@ class _Architecture:
 
     def read(self, name: str, rows: slice) -> np.ndarray:
         """A range of the first axis."""
-        sources = self._plain[name]
-        if not sources:
-            return self._evaluated(name)[rows] if self._shapes[name] else self._evaluated(name)
-        if name not in self._stacked:
-            return read(self._infos[sources[0]], rows)
-        return np.stack([read(self._infos[source]) for source in sources[rows]])
+        tensor = self.tensors[name]
+        if not tensor.sources:
+            return self._computed(name)[rows] if tensor.shape else self._computed(name)
+        if not tensor.stacked:
+            return read(self._infos[tensor.sources[0]], rows)
+        return np.stack([read(self._infos[source]) for source in tensor.sources[rows]])
 
     def _run(self, function: Callable, *args: Any) -> Any:
         return self._thread.submit(function, *args).result()
 
     def _load(self, config: dict) -> None:
-        core, nn, utils, switch_linear = _import_mlx()
-        self._mx = core
-        model_type = config.get("model_type")
-        with core.stream(core.cpu):
+        with self._mx.stream(self._mx.cpu):
             try:
-                model_class, args_class = utils._get_classes(config=config)
-                self._model_class, self._args = model_class, args_class.from_dict(config)
-                model = model_class(self._args)
-                self._weights, self._recorded = self._sanitize(model)
+                self._model_class, args_class = self._utils._get_classes(config=config)
+                self._args = args_class.from_dict(config)
+                model = self._model_class(self._args)
+                self._weights, recorded = self._sanitize(model)
             except SANITIZE_ERRORS as error:
-                reason = f"{type(error).__name__}: {error}"
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
                 raise ConvertError(
-                    f"{self._directory}: mlx-lm cannot load this as model_type {model_type!r} ({reason}); "
+                    f"{self._directory}: mlx-lm cannot load model_type {config.get('model_type')!r} from this ({reason}); "
                     "is the architecture known to the installed mlx-lm, and is the checkpoint whole?"
                 ) from None
         self._cast_predicate = getattr(model, "cast_predicate", lambda name: True)
-        classes = {nn.Linear: "Linear", nn.Embedding: "Embedding", switch_linear: "SwitchLinear"}
+        classes = {self._nn.Linear: "Linear", self._nn.Embedding: "Embedding", self._switch_linear: "SwitchLinear"}
         self._layers = {path: classes.get(type(module), "") for path, module in model.named_modules()}
         self._check_names(model)
-        self._shapes = {name: tuple(array.shape) for name, array in self._weights.items()}
-        self._dtypes = {name: _numpy_dtype(array.dtype) for name, array in self._weights.items()}
-        self._find_plain()
+        self.tensors = {
+            name: _Tensor(tuple(array.shape), _numpy_dtype(array.dtype), *recorded.sources(array))
+            for name, array in self._weights.items()
+        }
 
     def _sanitize(self, model: Any) -> tuple[dict[str, Any], _Recorded]:
+        """What `sanitize` makes of the source's tensors, nothing of it evaluated."""
         loaded: dict[str, Any] = {}
         for path in sorted({info.path for info in self._infos.values()}):
             loaded.update(self._mx.load(str(path)))
         loaded = {name: array for name, array in loaded.items() if name in self._infos}
-        recorded = _Recorded({id(array): name for name, array in loaded.items()}, list(loaded.values()), {})
+        recorded = _Recorded(loaded)
         with _recording_stacks(self._mx, recorded):
             weights = model.sanitize(loaded) if hasattr(model, "sanitize") else loaded
         return weights, recorded
@@ -214,22 +216,7 @@ class _Architecture:
             if names:
                 raise ConvertError(f"{self._directory}: tensor {min(names)} {what}; is the checkpoint whole?")
 
-    def _find_plain(self) -> None:
-        """Which source tensors each result is made of when it is a plain copy or a plain stack of them."""
-        by_id, stacks = self._recorded.source_by_id, self._recorded.stacks
-        self._plain: dict[str, list[str]] = {}
-        self._stacked: set[str] = set()
-        for name, array in self._weights.items():
-            if id(array) in by_id:
-                self._plain[name] = [by_id[id(array)]]
-            elif id(array) in stacks and all(id(part) in by_id for part in stacks[id(array)][1]):
-                self._plain[name] = [by_id[id(part)] for part in stacks[id(array)][1]]
-                self._stacked.add(name)
-            else:
-                self._plain[name] = []
-        self._evaluated_bytes = 0
-
-    def _evaluated(self, name: str) -> np.ndarray:
+    def _computed(self, name: str) -> np.ndarray:
         with self._lock:
             if name not in self._latest:
                 while len(self._latest) > 1:
@@ -240,7 +227,8 @@ class _Architecture:
     def _evaluate(self, name: str) -> np.ndarray:
         with self._mx.stream(self._mx.cpu):
             if self._evaluated_bytes > EVALUATED_BYTES:
-                self._weights, self._recorded = self._sanitize(self._model_class(self._args))
+                self._weights, _ = self._sanitize(self._model_class(self._args))
+                self._mx.clear_cache()
                 self._evaluated_bytes = 0
             array = self._weights[name]
             self._mx.eval(array)
@@ -249,12 +237,24 @@ class _Architecture:
 
 
 class _Recorded:
-    """What `sanitize` did: the loaded arrays, and the stacks along the first axis that it made."""
+    """What `sanitize` did: which arrays are loaded ones, and which are stacks of those along the first axis."""
 
-    def __init__(self, source_by_id: dict[int, str], loaded: list, stacks: dict[int, tuple[Any, list]]) -> None:
-        self.source_by_id = source_by_id
-        self.loaded = loaded  # held so that no id is used again
-        self.stacks = stacks  # id of the result -> (result, parts)
+    def __init__(self, loaded: Mapping[str, Any]) -> None:
+        self._names = {id(array): (name, array) for name, array in loaded.items()}  # held, so no id is used again
+        self._stacks: dict[int, tuple[Any, list]] = {}
+
+    def stack(self, result: Any, parts: list) -> None:
+        """Note that `result` joins `parts`."""
+        self._stacks[id(result)] = (result, parts)
+
+    def sources(self, array: Any) -> tuple[tuple[str, ...], bool]:
+        """The source tensors that `array` is made of, none if it was computed; and whether it stacks them."""
+        if id(array) in self._names:
+            return (self._names[id(array)][0],), False
+        parts = self._stacks.get(id(array), (None, []))[1]
+        if parts and all(id(part) in self._names for part in parts):
+            return tuple(self._names[id(part)][0] for part in parts), True
+        return (), False
 
 
 @contextmanager
@@ -269,7 +269,7 @@ def _recording_stacks(core: Any, recorded: _Recorded) -> Iterator[None]:
         arrays = list(arrays)
         result = original(arrays, axis, **kwargs)
         if axis == 0:
-            recorded.stacks[id(result)] = (result, arrays)
+            recorded.stack(result, arrays)
         return result
 
     core.stack = stack
