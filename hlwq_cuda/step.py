@@ -65,7 +65,7 @@ class FusedStep:
             dtype=model.dtype,
             device=self._device,
         )
-        splits = split_count(kv_heads, multiprocessors(self._device))
+        splits = split_count(kv_heads, max_length, multiprocessors(self._device))
         self._partials = Partials.empty(heads, splits, self._head_dim, self._device)
         self._buffers = Buffers(self._device)
         # programs of one norm read the old residual stream while others write the new one: two buffers, in turn

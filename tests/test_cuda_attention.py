@@ -113,8 +113,10 @@ def test_attention_matches_reference(
     assert (np.abs(got - expected) <= tolerance).all(), np.abs(got - expected).max() / np.max(tolerance)
 
 
-def test_split_count_fills_the_gpu() -> None:
-    assert attention.split_count(8, 132) == 16
-    assert attention.split_count(32, 132) == 4
-    assert attention.split_count(1, 170) == 64
-    assert attention.split_count(200, 80) == 1
+def test_split_count_fills_the_gpu_where_the_cache_is_long() -> None:
+    assert attention.split_count(8, 648, 132) == 8
+    assert attention.split_count(8, 4096, 132) == 16
+    assert attention.split_count(32, 4096, 132) == 4
+    assert attention.split_count(1, 32768, 170) == 64
+    assert attention.split_count(200, 4096, 80) == 1
+    assert attention.split_count(8, 20, 132) == 1

@@ -21,6 +21,7 @@ import triton.language as tl
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
+SHORT_CACHE = 2048  # tokens; smaller tiles of keys there, since a split has few
 _FAR_BELOW = tl.constexpr(-1e30)  # stands for -infinity: differences of two stay finite
 
 
@@ -184,9 +185,13 @@ class Partials:
         return cls(make(heads, splits, head_dim), make(heads, splits), make(heads, splits))
 
 
-def split_count(kv_heads: int, multiprocessors: int) -> int:
-    """Splits of the cache: the power of two that gives about one program a multiprocessor, at most 64."""
-    return min(64, 2 ** round(math.log2(max(1, multiprocessors / kv_heads))))
+def split_count(kv_heads: int, length: int, multiprocessors: int) -> int:
+    """Splits of a cache of `length` tokens, a power of two: one program a multiprocessor, but 64 tokens or more each.
+
+    With 512 tokens on an H200, 8 splits give a step 2 % faster than 16: `combine` has less to read.
+    """
+    fill = max(1, round(multiprocessors / kv_heads))
+    return 2 ** int(math.log2(max(1, min(64, fill, length // 64))))
 
 
 def attention(
@@ -228,7 +233,7 @@ def attention(
         D_POW2=triton.next_power_of_2(head_dim),
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         SPLITS=splits,
-        TILE=32 if length <= 32 * splits * 2 else 64,
+        TILE=32 if length <= SHORT_CACHE else 64,
         QK_NORM=gains is not None,
         num_warps=4,
         **launch,

@@ -8,8 +8,8 @@ Sorting 150,000 logits takes longer than the head of the model. Instead:
     best        one program: the best of the tiles; writes the token
 
 A draw is a race of exponential variates (the least E_i / weight_i wins: Gumbel-max), so it needs no normalization.
-The histogram's bins are 1/256 wide in log probability: the cut falls between tokens whose probabilities differ by at
-most 0.4 %, and ties stay together. Weights are summed as integers: the result does not depend on the order, and equal
+The histogram's bins are 1/128 wide in log probability: the cut falls between tokens whose probabilities differ by at
+most 0.8 %, and ties stay together. Weights are summed as integers: the result does not depend on the order, and equal
 seeds give equal tokens. Random numbers are Philox of (seed, token, position), so a graph needs no generator state.
 """
 
@@ -22,8 +22,8 @@ import triton.language as tl
 from hlwq_cuda.kernels.device import allow_next_kernel, wait_for_previous_kernel
 
 TILE = 1024
-BINS = 4096
-_BINS_PER_NAT = tl.constexpr(256.0)
+BINS = 2048
+_BINS_PER_NAT = tl.constexpr(128.0)
 _UNIT = tl.constexpr(1073741824.0)  # 2**30: weight 1 as an integer
 
 
@@ -52,7 +52,7 @@ def maximum_kernel(
 
 @triton.jit
 def _bin(x, largest, temperature, BINS: tl.constexpr):
-    """The bin of a logit; the last one takes everything farther than BINS / 256 from the largest."""
+    """The bin of a logit; the last one takes everything farther than BINS / 128 from the largest."""
     distance = (largest - x) / temperature
     return tl.minimum(distance * _BINS_PER_NAT, BINS - 1.0).to(tl.int32), tl.exp(-distance)
 
