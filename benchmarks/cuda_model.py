@@ -2,11 +2,11 @@
 
     python -m benchmarks.cuda_model            # needs Triton, no GPU
 
-The kernels are compiled for each card's architecture and their machine instructions counted (they are fully unrolled, so
-that a count over all of a lane's weights is exact). A multiprocessor issues four instructions of 32 lanes a clock, and half
-of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read the bytes
-at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, the start and end of a
-kernel and the clock under load are left out: on an H200 the measured share is about .8 of this bound.
+The kernels are compiled for each card's architecture and their machine instructions counted (they are fully unrolled,
+so that a count over all of a lane's weights is exact). A multiprocessor issues four instructions of 32 lanes a clock,
+and half of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read
+the bytes at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, the start
+and end of a kernel and the clock under load are left out: on an H200 the measured share is about .8 of this bound.
 """
 
 from __future__ import annotations

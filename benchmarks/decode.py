@@ -23,6 +23,7 @@ import torch
 import transformers
 import triton
 
+from benchmarks.cuda_timing import read_bandwidth
 from hlwq_cuda.gpu import launch_options
 from hlwq_cuda.kernels.sample import Sampler
 from hlwq_cuda.layers import HLWQLinear
@@ -34,7 +35,6 @@ SHAPES = {  # model_type and the numbers of config.json
     "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
     "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True),
 }
-BANDWIDTH_BYTES = 4 << 30  # read once for the ceiling: far above any L2
 REPEATS = 5
 
 
@@ -143,21 +143,6 @@ def capture(function) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def read_bandwidth(device: torch.device) -> float:
-    """Bytes a second of a reduction over a buffer far larger than L2."""
-    buffer = torch.randint(0, 2**31, (BANDWIDTH_BYTES // 4,), dtype=torch.int32, device=device).view(torch.float32)
-    graph = capture(lambda: torch.amax(buffer))
-    times = []
-    for _ in range(5):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) / 1000)
-    return BANDWIDTH_BYTES / min(times)
-
-
 def bytes_a_token(step: FusedStep, model: transformers.PreTrainedModel, context: int) -> int:
     """Weights (embedding aside) and the cached keys and values that one token must read."""
     embedding = model.get_input_embeddings()
@@ -223,6 +208,13 @@ def measure_compiled(args: argparse.Namespace, device: torch.device) -> dict:
     return {"mode": "transformers bf16 static + compile", "tokens_per_second": round(1 / per_token, 1)}
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command line that measures the same again."""
+    flags = f"--shape {args.shape} --modes {' '.join(args.modes)} --bits {args.bits}"
+    flags += f" --context {args.context} --tokens {args.tokens}"
+    return f"python -m benchmarks.decode {flags}" + " --greedy" * args.greedy + " --compile" * args.compile
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -240,11 +232,11 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     device = torch.device("cuda")
     torch.set_grad_enabled(False)
-    bandwidth = read_bandwidth(device)
+    bandwidth = read_bandwidth()
     result = {
         "gpu": torch.cuda.get_device_name(),
         "versions": {module.__name__: module.__version__ for module in (torch, triton, transformers)},
-        "command": "python -m benchmarks.decode " + " ".join(sys.argv[1:] if argv is None else argv),
+        "command": command(args),
         "date": time.strftime("%Y-%m-%d"),
         "shape": args.shape,
         "context": args.context,

@@ -180,9 +180,9 @@ class _Architecture:
                 model = self._model_class(self._args)
                 self._weights, recorded = self._sanitize(model)
             except SANITIZE_ERRORS as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                model_type, reason = config.get("model_type"), " ".join(str(error).split())
                 raise ConvertError(
-                    f"{self._directory}: mlx-lm cannot load model_type {config.get('model_type')!r} from this ({reason}); "
+                    f"{self._directory}: mlx-lm cannot load this as {model_type!r} ({type(error).__name__}: {reason}); "
                     "is the architecture known to the installed mlx-lm, and is the checkpoint whole?"
                 ) from None
         self._cast_predicate = getattr(model, "cast_predicate", lambda name: True)
