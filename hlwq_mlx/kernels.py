@@ -65,12 +65,35 @@ def product(codebook: Codebook, spec: ModuleSpec, training: bool) -> Callable[[m
 
     `training` gives it a gradient with respect to x, which a kernel has not: dx = (g W_rotated) rotated back.
     """
+    parts = split_product(codebook, spec, (), training)
+    return lambda x, codes, norms: parts(x, codes, norms)[0]
+
+
+@cache
+def split_product(
+    codebook: Codebook, spec: ModuleSpec, edges: tuple[int, ...], training: bool
+) -> Callable[[mx.array, mx.array, mx.array], list[mx.array]]:
+    """`product`, its outputs cut at `edges`.
+
+    Few rows go through mx.compile: it keeps what MLX would otherwise make anew at each call of a custom kernel, the
+    source text among it, and a token has hundreds of calls. Many rows do not: every prompt length would be compiled.
+    """
 
     def multiply(x: mx.array, codes: mx.array, norms: mx.array) -> mx.array:
         return _product(x, codes, norms, codebook, spec)
 
-    if not training:
-        return multiply
+    def split(x: mx.array, codes: mx.array, norms: mx.array) -> list[mx.array]:
+        y = multiply(x, codes, norms)
+        return mx.split(y, edges, axis=-1) if edges else [y]
+
+    if training:
+        multiply = _with_gradient(multiply, codebook, spec)
+        return split
+    few, most = mx.compile(split), backend().GEMV_MAX_ROWS
+    return lambda x, codes, norms: (few if prod(x.shape[:-1]) <= most else split)(x, codes, norms)
+
+
+def _with_gradient(multiply: Callable, codebook: Codebook, spec: ModuleSpec) -> Callable:
     differentiable = mx.custom_function(multiply)
 
     @differentiable.vjp
@@ -97,17 +120,23 @@ def gather_linear(
     Few single rows (a token being generated) go through the kernel that reads only the experts asked for; otherwise the
     whole stack is decoded and mx.gather_mm multiplies.
     """
-    rotated = _rotate(x, spec)
     experts, outputs = codes.shape[:2]
-    if x.shape[-2] == 1 and indices.size < 2 * experts and indices.size % prod(x.shape[:-2]) == 0:
-        # the rows of x precede the experts of each: [tokens, 1, 1, K] with [tokens, k], or [tokens, k, 1, K]
-        if _leads(x.shape[:-2], indices.shape):
-            flat = rotated.reshape(-1, rotated.shape[-1])
-            y = backend().gather_gemv(flat, codes, norms, indices.flatten(), _decoder(codebook, spec))
-            return y.reshape(*indices.shape, 1, outputs)
+    # one row for all experts of a token ([tokens, 1, 1, K] with [tokens, k]), or one an expert ([tokens, k, 1, K])
+    if x.shape[-2] == 1 and indices.size < 2 * experts and _leads(x.shape[:-2], indices.shape):
+        return _gather_few(codebook, spec)(x, codes, norms, indices)
     weight = _dequantize(codes.reshape(-1, codes.shape[-1]), norms.reshape(-1, norms.shape[-1]), x, codebook, spec)
     stack = mx.swapaxes(weight.reshape(experts, outputs, -1), -1, -2)
-    return mx.gather_mm(rotated, stack, rhs_indices=indices, sorted_indices=sorted_indices)
+    return mx.gather_mm(_rotate(x, spec), stack, rhs_indices=indices, sorted_indices=sorted_indices)
+
+
+@cache
+def _gather_few(codebook: Codebook, spec: ModuleSpec) -> Callable[..., mx.array]:
+    def multiply(x: mx.array, codes: mx.array, norms: mx.array, indices: mx.array) -> mx.array:
+        rotated = backend().rotate(x.reshape(-1, x.shape[-1]), spec.block_size)
+        y = backend().gather_gemv(rotated, codes, norms, indices.flatten(), _decoder(codebook, spec))
+        return y.reshape(*indices.shape, 1, codes.shape[1])
+
+    return mx.compile(multiply)
 
 
 def embedding(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -42,16 +43,16 @@ class Siblings:
         if self._x is not x or index not in self._waiting:
             self._combine()
             first = self.layers[0]
-            y = kernels.product(first.codebook, first.spec, first.training)(x, self._codes, self._norms)
-            edges, total = [], 0
-            for layer in self.layers[:-1]:
-                total += layer.weight_codes.shape[0]
-                edges.append(total)
-            self._x, self._waiting = x, dict(enumerate(mx.split(y, edges, axis=-1)))
+            compute = kernels.split_product(first.codebook, first.spec, self._edges(), first.training)
+            self._x, self._waiting = x, dict(enumerate(compute(x, self._codes, self._norms)))
         result = self._waiting.pop(index)
         if not self._waiting:
             self._x = None
         return result
+
+    def _edges(self) -> tuple[int, ...]:
+        """Where the outputs of one layer end and those of the next begin."""
+        return tuple(accumulate(layer.weight_codes.shape[0] for layer in self.layers[:-1]))
 
     def _combine(self) -> None:
         """Concatenate the rows once; the layers keep views of the result, so no weight is stored twice."""

@@ -37,9 +37,11 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(kernels, "backend", lambda: metal)
     monkeypatch.setattr(ops, "pick", lambda *_, **__: ops.Path.KERNELS)
     real.cache_clear()
+    mx.disable_compile()  # the emulator needs values, mx.compile traces without them
     with metal_cpu.emulated():
         yield launched
-    for cached in (real, kernels.work, kernels.product, kernels._decoder):
+    mx.enable_compile()
+    for cached in (kernels.work, kernels.product, kernels.split_product, kernels._gather_few, kernels._decoder, real):
         cached.cache_clear()
 
 
@@ -93,7 +95,7 @@ def test_experts(tokens: int, axes: int, on_metal: list[str]):
         for slot, expert in enumerate(experts[token]):
             row = np.array(x)[token, slot % axes, 0]
             assert_close(mx.array(got[token, slot, 0]), weight[expert] @ row + np.array(layer.bias)[expert])
-    assert on_metal == ["rotate", "gemv" if tokens * 2 < 8 else "dequantize"]
+    assert sorted(on_metal) == (["gemv", "rotate"] if tokens * 2 < 8 else ["dequantize", "rotate"])
 
 
 class Attention(nn.Module):
