@@ -4,8 +4,8 @@
 
 Random weights made on the device. Kernels: microseconds of one product in a chain where each input is the output before
 it, so that no two run at once, over more than 250 MB of different weights; "wall" counts what the host adds (building
-the graph in Python, launching), "gpu" is the time of the product's kernels alone, as torch.profiler reads it. Models: prefill and decode tokens/s of
-mlx_lm's generate_step, greedy.
+the graph in Python, launching), "gpu" is the busy time of the kernels alone, as torch.profiler reads it. Models:
+prefill and decode tokens/s of mlx_lm's generate_step, greedy.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """CUDA kernels of the MLX backend, the twins of hlwq_mlx/metal: the same functions for MLX on an NVIDIA GPU.
 
 Centroids are exact in float16 (bfloat16 where x is): a symmetric 4-bit codebook is eight positive values, whose bytes
-`byte_perm` looks up four at a time; other codebooks are staged in shared memory.
+the instruction prmt looks up four at a time; other codebooks are staged in shared memory.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 GEMV_MAX_ROWS = 8
-_OUTPUTS = 4  # outputs of a thread block: 4 loads of 16 bytes in flight a thread (4 of 2, 4, 8; H200, docs/metal.md)
+_OUTPUTS = 4  # outputs of a thread block: as many loads of 16 bytes in flight a thread
 _MAX_THREADS = 128
 _BLOCK_WARPS = 4  # rotate.cu, embedding.cu: blocks a thread block
 
@@ -30,7 +30,7 @@ class Decoder:
 
     @property
     def in_bytes(self) -> bool:
-        """Whether byte_perm decodes it: 16 values, symmetric."""
+        """Whether prmt decodes it: 16 values, symmetric."""
         return len(self.values) == 16 and all(a == -b for a, b in zip(self.values, reversed(self.values), strict=True))
 
 

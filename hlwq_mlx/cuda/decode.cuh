@@ -3,7 +3,7 @@
 // The host puts literals in front of this text (hlwq_mlx/cuda/__init__.py):
 //   HLWQ_BITS, HLWQ_BLOCK   bits of a code, codes that share a norm
 //   HLWQ_LOW0, HLWQ_LOW1, HLWQ_HIGH0, HLWQ_HIGH1   4 bits, symmetric codebook: low and high bytes of the eight positive
-//       centroids over sqrt(B), in half (HLWQ_HALF) or bfloat16, for byte_perm to choose from
+//       centroids over sqrt(B), in half (HLWQ_HALF) or bfloat16, for prmt to choose from
 //   otherwise a table of 2^b floats is staged in shared memory
 #define HLWQ_CHUNK (HLWQ_BITS == 8 ? 16 : 32)  // codes that a thread loads at a time
 #define HLWQ_WORDS (HLWQ_CHUNK * HLWQ_BITS / 32)
@@ -38,20 +38,31 @@ __device__ __forceinline__ float hlwq_high(uint32_t v) {
 }
 
 #ifdef HLWQ_LOW0
+// The prmt instruction itself: __byte_perm masks the top bit of each selector nibble away.
+#ifndef HLWQ_PRMT
+#define HLWQ_PRMT hlwq_prmt
+__device__ __forceinline__ uint32_t hlwq_prmt(uint32_t a, uint32_t b, uint32_t selector) {
+  uint32_t out;
+  asm("prmt.b32 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(selector));
+  return out;
+}
+#endif
+
 // Eight codes to four pairs of 16-bit floats, exact. A negative code q < 8 has the magnitude of 7 - q: its three low
-// bits are flipped. byte_perm looks four magnitudes up by their nibbles; a nibble's own top bit, with a byte of 0x80,
-// selects 0x80 (negative) or 0xff, of which bit 6 tells the sign.
+// bits are flipped. prmt looks four magnitudes up by their nibbles (only the low 16 bits of a selector count). Its sign
+// mode, a nibble with the top bit set, replicates the byte's sign: 0x80 becomes 0xff for a positive code and stays 0x80
+// for a negative one, so bit 6 tells the sign.
 __device__ __forceinline__ void hlwq_decode8(uint32_t word, uint32_t* pairs) {
   uint32_t negative = ~word & 0x88888888u;
   uint32_t index = (word ^ (negative - (negative >> 3))) & 0x77777777u;
 #pragma unroll
   for (int i = 0; i < 2; i++) {
-    uint32_t low = __byte_perm(HLWQ_LOW0, HLWQ_LOW1, index >> (16 * i));
-    uint32_t high = __byte_perm(HLWQ_HIGH0, HLWQ_HIGH1, index >> (16 * i));
-    uint32_t sign = __byte_perm(0x80808080u, 0x80808080u, word >> (16 * i));
+    uint32_t low = HLWQ_PRMT(HLWQ_LOW0, HLWQ_LOW1, index >> (16 * i));
+    uint32_t high = HLWQ_PRMT(HLWQ_HIGH0, HLWQ_HIGH1, index >> (16 * i));
+    uint32_t sign = HLWQ_PRMT(0x80808080u, 0x80808080u, word >> (16 * i));
     high ^= ~(sign << 1) & 0x80808080u;
-    pairs[2 * i] = __byte_perm(low, high, 0x5140);
-    pairs[2 * i + 1] = __byte_perm(low, high, 0x7362);
+    pairs[2 * i] = HLWQ_PRMT(low, high, 0x5140);
+    pairs[2 * i + 1] = HLWQ_PRMT(low, high, 0x7362);
   }
 }
 #endif
