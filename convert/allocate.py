@@ -94,7 +94,7 @@ def auto_recipe(
     average = sum(measured.values()) / max(known, 1)
     options = [
         [
-            Option(bits, sizes[bits][name], measured.get(name, average * weights[name]) * _relative_error(bits))
+            Option(bits, sizes[bits][name], measured.get(name, average * weights[name]) * relative_error(bits))
             for bits in AUTO_BITS
         ]
         for name in groups
@@ -124,7 +124,7 @@ def group_tensors(plan: Plan) -> dict[str, list[PlannedTensor]]:
 
 
 @cache
-def _relative_error(bits: int) -> float:
+def relative_error(bits: int) -> float:
     """Squared error of the search encoder on normal weights, in units of that at PROBE_BITS."""
     return _squared_error(bits) / _squared_error(PROBE_BITS)
 

@@ -195,7 +195,7 @@ def load_transformers(directory: Path, dtype: Any) -> Any:
     for module in checkpoint.quantization.modules:
         state[f"{module}.weight"] = torch.from_numpy(checkpoint.weight(module, dtype=np.float32)).to(dtype)
     for name in checkpoint.tensors:
-        if not name.endswith((".weight_codes", ".weight_norms")):
+        if name not in state and not name.endswith((".weight_codes", ".weight_norms")):
             state[name] = torch.from_numpy(checkpoint.tensor(name).astype(np.float32)).to(dtype)
     model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()
