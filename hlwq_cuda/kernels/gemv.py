@@ -35,13 +35,18 @@ class Config(NamedTuple):
 IDLE_LANES = 1.1  # work over useful work that a step size may cost in its last step
 
 
-def pick(rows: int, units: int, processors: int, gluon: bool) -> Config:
+def pick(rows: int, units: int, mode: str, processors: int, gluon: bool) -> Config:
     """A configuration for N = `rows` outputs and `units` units a row, on a GPU of so many multiprocessors.
 
-    From a sweep on an H200 (docs/measurements.md): a lane takes two units a step and the outputs of a thread block
-    share their activations; where N is too small to fill the GPU, more warps along K and fewer outputs do.
+    From sweeps on an H200 (docs/measurements.md). exact: a lane takes two units a step, and the outputs of a thread
+    block share their activations. int8 decodes faster and is bound by loads in flight: one unit a lane, in more thread
+    blocks; so measured inside the step of an 8B model, where the best alone is not always the best. Where N is too
+    small to fill the GPU, more warps along K and fewer outputs do.
     """
     step = next((size for size in (128, 64) if -(-units // size) * size <= IDLE_LANES * units), 32)
+    if mode == "int8" and rows >= 24 * processors:
+        step = min(step, 64) if rows >= 40 * processors else step
+        return Config(4, step, step // 32, gluon)
     if rows >= 128 * processors:
         return Config(8, step, max(1, step // 64), gluon)
     if rows >= 24 * processors:
