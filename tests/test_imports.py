@@ -35,6 +35,13 @@ def test_backends_never_meet():
             assert not any(name.split(".")[0] == other for name in imports_of(path)), path
 
 
+def test_one_file_of_a_backend_imports_convert():
+    for package in ("hlwq_mlx", "hlwq_cuda"):
+        for path in sources(package):
+            if path.name != "checkpoint.py":
+                assert not any(name.split(".")[0] == "convert" for name in imports_of(path)), path
+
+
 def test_nothing_imports_a_command_line():
     for package in ("convert", "hlwq_mlx", "hlwq_cuda"):
         for path in sources(package):
