@@ -61,13 +61,15 @@ def input_layout(modules: Sequence[nn.Module]) -> InputLayout:
     Raises ValueError, saying what stands in the way, when they cannot read the same row.
     """
     first = modules[0]
+    for module in modules:
+        if not isinstance(module, (nn.Linear, HLWQLinear)):
+            raise ValueError(f"the fused step has no layer of type {type(module).__module__}.{type(module).__name__}")
     if all(isinstance(module, nn.Linear) for module in modules):
         return InputLayout("plain", PLAIN_BLOCK, first.in_features, first.weight.dtype)
-    for module in modules:
-        if not isinstance(module, HLWQLinear):
-            raise ValueError(f"a {type(module).__name__} reads the same input as a {type(first).__name__}")
-        if module.spec.block_size != first.spec.block_size:
-            raise ValueError("layers that read the same input have different block sizes")
+    if any(isinstance(module, nn.Linear) for module in modules):
+        raise ValueError("a quantized and an unquantized layer read the same input")
+    if len({module.spec.block_size for module in modules}) > 1:
+        raise ValueError("layers that read the same input have different block sizes")
     modes = {module.effective_mode() for module in modules}
     format = modes.pop() if len(modes) == 1 else "exact"
     return InputLayout(format, first.spec.block_size, first.in_features, torch.float16)

@@ -45,7 +45,7 @@ class FusedStep:
     token:    int64 [1], the token to run
     position: int64 [1], its index: the number of tokens in the cache
     logits:   [vocabulary], float32, or the head's dtype where the head is not quantized
-    cache:    [layers, keys and values, kv_heads, max_length, D], the model's dtype
+    cache:    [layers, keys and values, kv_heads, max_length, D], the dtype of the model's norms
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
@@ -53,7 +53,7 @@ class FusedStep:
         reason = self.supports(model, max_length)
         if reason is not None:
             raise ValueError(reason)
-        config, decoder = model.config, model.model
+        config, decoder = model.config, model.get_decoder()
         self._device = decoder.norm.weight.device
         self._launch = launch_options(self._device)
         self._eps = config.rms_norm_eps
@@ -62,7 +62,7 @@ class FusedStep:
         kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
         self.cache = torch.zeros(
             (config.num_hidden_layers, 2, kv_heads, max_length, self._head_dim),
-            dtype=model.dtype,
+            dtype=decoder.norm.weight.dtype,
             device=self._device,
         )
         splits = split_count(kv_heads, max_length, multiprocessors(self._device))
@@ -79,7 +79,7 @@ class FusedStep:
         delta = None
         for index, block in enumerate(decoder.layers):
             delta = self._add_layer(family.layer(block), self.cache[index], delta)
-        head = Projection([model.lm_head], self._buffers, self._eps)
+        head = Projection([model.get_output_embeddings()], self._buffers, self._eps)
         self._add_norm(decoder.norm, delta, head)
         self._add_projection(head)
         self.logits = head.output
@@ -96,18 +96,21 @@ class FusedStep:
         window = getattr(config, "sliding_window", None)
         if window is not None and max_length > window:
             return f"{max_length} tokens exceed the sliding window of {window}, which the fused step does not have"
-        rotary = model.model.rotary_emb
+        decoder = model.get_decoder()
+        rotary = decoder.rotary_emb
         if rotary.rope_type not in FIXED_ROTARY or 2 * rotary.inv_freq.numel() != head_dim(config):
             return f"the fused step has no rotary embedding of type {rotary.rope_type} over part of a head"
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or torch.device("meta") in devices:
             return "the model is spread over several devices"
-        for index, block in enumerate(model.model.layers):
+        groups = [
+            (f"layer {i}", group) for i, block in enumerate(decoder.layers) for group in inputs(family.layer(block))
+        ]
+        for place, group in [*groups, ("output head", [model.get_output_embeddings()])]:
             try:
-                for group in inputs(family.layer(block)):
-                    input_layout(group)
+                input_layout(group)
             except ValueError as error:
-                return f"layer {index}: {error}"
+                return f"{place}: {error}"
         return None
 
     def load_cache(self, past_key_values: Cache) -> None:

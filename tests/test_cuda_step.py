@@ -181,8 +181,10 @@ def test_reasons_not_to_take_the_step() -> None:
     assert FusedStep.supports(model, 16) is None
     attention = model.model.layers[1].self_attn
     attention.q_proj = quantized(attention.q_proj, 4, "exact")
-    assert "layer 1: a Linear reads the same input as a HLWQLinear" in FusedStep.supports(model, 8)
+    assert FusedStep.supports(model, 8) == "layer 1: a quantized and an unquantized layer read the same input"
     with pytest.raises(ValueError, match="layer 1"):
         FusedStep(model, 8)
+    model.model.layers[0].mlp.down_proj = torch.nn.Identity()
+    assert FusedStep.supports(model, 8).startswith("layer 0: the fused step has no layer of type torch.nn")
     model.config.model_type = "gpt2"
     assert FusedStep.supports(model, 8) == "no fused step for the model type gpt2"
