@@ -18,6 +18,7 @@ import mlx_lm
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm import utils
 from mlx_lm.models.switch_layers import SwitchLinear
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from hlwq_mlx.checkpoint import FormatError, QuantizationConfig, check_module, check_names, parse
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
@@ -39,6 +40,7 @@ class ModelArgs:
     def from_dict(cls, config: Mapping) -> ModelArgs:
         """Parse a whole config.json. FormatError when its quantization_config is not valid."""
         quantization = parse(config)
+        _introduce(config["model_type"])
         base_config = {key: value for key, value in config.items() if key != "quantization_config"}
         base_config["model_type"] = quantization.base_model_type
         try:
@@ -58,6 +60,12 @@ def Model(args: ModelArgs) -> nn.Module:
     if hasattr(args.base_class, "shard"):
         members["shard"] = _refuse_to_shard
     return type(args.base_class.__name__, (args.base_class,), members)(args.base_args)
+
+
+def _introduce(model_type: str) -> None:
+    """Make our model_type known to transformers, which reads config.json for the tokenizer and warns about others."""
+    if model_type not in CONFIG_MAPPING:
+        AutoConfig.register(model_type, type("HLWQConfig", (PretrainedConfig,), {"model_type": model_type}))
 
 
 def _refuse_to_shard(self: nn.Module, group: mx.distributed.Group | None = None) -> None:
