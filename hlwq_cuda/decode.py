@@ -121,7 +121,7 @@ class Decoder:
         self.max_length = max_length
         self.step = make_step(model, max_length)
         self._on_gpu = model.device.type == "cuda"
-        self._sampler = DeviceSampler(model) if self._on_gpu else HostSampler()
+        self._sampler = make_sampler(model)
         self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}  # by whether the choice is greedy
 
     @torch.no_grad()
@@ -192,10 +192,11 @@ class DeviceSampler:
     """kernels/sample.py, inside the graph."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        from hlwq_cuda.gpu import launch_options
         from hlwq_cuda.kernels.sample import Sampler
-        from hlwq_cuda.step import launch_options
 
-        self._sampler = Sampler(model.get_output_embeddings().out_features, model.device, launch_options(model.device))
+        vocabulary = model.get_output_embeddings().out_features
+        self._sampler = Sampler(vocabulary, model.device, launch_options(model.device))
 
     def set(self, sampling: Sampling) -> None:
         """For the tokens from here on; a captured graph reads the same tensors."""
@@ -239,6 +240,11 @@ def make_step(model: PreTrainedModel, max_length: int) -> Step:
         if FusedStep.supports(model, max_length) is None:
             return FusedModelStep(model, max_length)
     return ModuleStep(model, max_length)
+
+
+def make_sampler(model: PreTrainedModel) -> DeviceSampler | HostSampler:
+    """The sampler of the model's device."""
+    return DeviceSampler(model) if model.device.type == "cuda" else HostSampler()
 
 
 def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache:

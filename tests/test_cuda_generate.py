@@ -13,6 +13,8 @@ transformers = pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 import hlwq_cuda  # noqa: E402
+from convert.checkpoint import Checkpoint  # noqa: E402
+from hlwq_cuda import decode  # noqa: E402
 from hlwq_cuda.__main__ import main  # noqa: E402
 from hlwq_cuda.decode import HostSampler, Sampling  # noqa: E402
 from tests.hlwq_models import converted, random_ids  # noqa: E402
@@ -31,7 +33,7 @@ def llama(root: Path) -> hlwq_cuda.LanguageModel:
     return hlwq_cuda.load(converted("llama", root), device="cpu")
 
 
-def check_greedy(directory: Path, device: str, mode: str, bound: float) -> None:
+def check_greedy(directory: Path, device: str, mode: str, bound: float, new: int = NEW) -> hlwq_cuda.LanguageModel:
     """Equal to greedy decoding of the dequantized model up to where its two best are closer than the error."""
     model = hlwq_cuda.load(directory, device=device, mode=mode, dtype=torch.float32)
     dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).dequantize()
@@ -39,12 +41,12 @@ def check_greedy(directory: Path, device: str, mode: str, bound: float) -> None:
     expected = dense.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        max_new_tokens=NEW,
+        max_new_tokens=new,
         do_sample=False,
         output_logits=True,
         return_dict_in_generate=True,
     )
-    tokens = list(model.generate_tokens(ids[0].tolist(), NEW))
+    tokens = list(model.generate_tokens(ids[0].tolist(), new))
     compared = 0
     for found, token, logits in zip(tokens, expected.sequences[0, ids.shape[1] :], expected.logits, strict=False):
         best = logits[0].topk(2).values
@@ -53,11 +55,29 @@ def check_greedy(directory: Path, device: str, mode: str, bound: float) -> None:
         assert found == token, f"token {compared}: {found}, not {int(token)}"
         compared += 1
     assert compared > 3 or compared == len(tokens), "the margins are too small to say anything"
+    return model
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers(family: str, root: Path):
     check_greedy(converted(family, root), "cpu", "exact", bound=2**-8)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_fused_step_and_device_sampler_in_the_loop(family: str, root: Path, tmp_path: Path, monkeypatch):
+    """What a GPU would run, but for the graph: here the small kernels run in Triton's interpreter.
+
+    The step stacks weights that read the same row; what is saved afterwards is still what was loaded.
+    """
+    pytest.importorskip("triton")
+    monkeypatch.setattr(decode, "make_step", decode.FusedModelStep)
+    monkeypatch.setattr(decode, "make_sampler", decode.DeviceSampler)
+    directory = converted(family, root)
+    model = check_greedy(directory, "cpu", "exact", bound=2**-6, new=5)
+    model.model.save_pretrained(tmp_path)
+    loaded, saved = Checkpoint.open(directory), Checkpoint.open(tmp_path)
+    for name in loaded.tensors:
+        assert loaded.tensor(name).tobytes() == saved.tensor(name).tobytes(), name
 
 
 @pytest.mark.gpu

@@ -159,6 +159,15 @@ def test_without_this_package_transformers_refuses(family: str, root: Path, tmp_
             AutoModelForCausalLM.from_pretrained(guarded)
 
 
+def test_compiles_to_one_graph(root: Path):
+    """No product leaves the graph: fullgraph raises at the first that would."""
+    model = load(converted("llama", root), dtype=torch.float32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        found = compiled(IDS, use_cache=False).logits.double()
+    assert relative_error(found, logits(model)) < 1e-5  # float32, other orders of summation
+
+
 def test_registering_twice_is_harmless():
     hlwq_cuda.register()
     assert auto.AUTO_QUANTIZER_MAPPING["hlwq"] is hlwq_cuda.hf.HLWQQuantizer
