@@ -12,7 +12,16 @@ from collections.abc import Mapping
 import mlx.core as mx
 
 try:
-    from convert.format import QUANT_METHOD, FormatError, ModuleSpec, QuantizationConfig, codes_name, norms_name
+    from convert.codebook import codebook
+    from convert.format import (
+        QUANT_METHOD,
+        SUPPORTED_BITS,
+        FormatError,
+        ModuleSpec,
+        QuantizationConfig,
+        codes_name,
+        norms_name,
+    )
 except ImportError as error:
     found = getattr(sys.modules.get("convert"), "__file__", None)
     # not an ImportError: mlx-lm would report that as an unknown model type
@@ -21,7 +30,17 @@ except ImportError as error:
         "rename that file, start Python elsewhere or with -P, or install hlwq-mlx again"
     ) from error
 
-__all__ = ["QUANT_METHOD", "FormatError", "ModuleSpec", "QuantizationConfig", "check_module", "check_names", "parse"]
+__all__ = [
+    "QUANT_METHOD",
+    "SUPPORTED_BITS",
+    "FormatError",
+    "ModuleSpec",
+    "QuantizationConfig",
+    "check_module",
+    "check_names",
+    "codebook",
+    "parse",
+]
 
 CONFIG = "config.json"
 REMEDY = "convert the model again"

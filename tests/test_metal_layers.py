@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,11 +11,13 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 
+import hlwq_mlx.__main__
 from convert import packing, reference
 from convert.codebook import codebook
 from convert.format import ModuleSpec
-from hlwq_mlx import kernels, metal, ops, siblings
+from hlwq_mlx import kernels, metal, ops, selfcheck, siblings, tune
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
+from hlwq_mlx.metal.decoder import Way
 from tests import metal_cpu
 from tests.metal_cpu import require
 
@@ -176,3 +179,40 @@ def test_a_kernel_that_does_not_compile_gives_one_warning(monkeypatch: pytest.Mo
         assert not kernels.work(codebook(4), SPEC, mx.float16)
         assert not kernels.work(codebook(2), ModuleSpec(2, 64, 128), mx.float16)
     assert len(caught) == 1
+
+
+def test_selfcheck_passes_and_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(selfcheck, "SUPPORTED_BITS", (4,))
+    monkeypatch.setattr(selfcheck, "DTYPES", (mx.float16,))
+    monkeypatch.setattr(selfcheck, "TIMED_SHAPE", (8, 128))
+    results = {result.name: result for result in selfcheck.selfcheck()}
+    assert all(result.passed for result in results.values())
+    assert {name.split()[0] for name in results} == {"rotate", "products", "speed", "embedding"}
+    assert results["speed 4 bits polynomial M = 1"].gigabytes_per_second > 0
+    real = metal.rotate
+    monkeypatch.setattr(metal, "rotate", lambda x, block_size: real(x, block_size) * 1.01)
+    assert not next(selfcheck.selfcheck()).passed
+
+
+def test_tune_stores_the_fastest_way(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tune._stored.cache_clear()
+    table = codebook(4)
+    assert tune.preferred_way(table) is Way.POLYNOMIAL  # nothing measured
+    measured = {Way.POLYNOMIAL: 20.0, Way.PAIRS: 10.0, Way.TABLE: 5.0}
+    monkeypatch.setattr(tune, "_microseconds", lambda _metal, _codebook, way: measured[way])
+    assert tune.tune({4: table, 8: codebook(8)}) == {4: {"polynomial": 20.0, "pairs": 10.0}, 8: {"table": 5.0}}
+    assert tune.preferred_way(table) is Way.PAIRS
+    assert tune.preferred_way(codebook(2)) is Way.POLYNOMIAL  # not measured
+    (tmp_path / "hlwq" / "metal_ways.json").write_text("{")
+    tune._stored.cache_clear()
+    with pytest.raises(ValueError, match="is not JSON; delete it"):
+        tune.preferred_way(table)
+    tune._stored.cache_clear()
+
+
+def test_commands_without_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr(kernels, "backend", lambda: None)
+    for command in ("selfcheck", "tune"):
+        assert hlwq_mlx.__main__.main([command]) == 1
+        assert "error: " in capsys.readouterr().err
