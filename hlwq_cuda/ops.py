@@ -155,5 +155,5 @@ def _gpu():
     try:
         from hlwq_cuda import gpu
     except ImportError as error:
-        raise ImportError(f"hlwq_cuda on a GPU needs Triton 3.4 or later ({error}): pip install triton") from error
+        raise ImportError(f"hlwq_cuda on a GPU needs Triton 3.5 or later ({error}): pip install triton") from error
     return gpu

@@ -137,6 +137,8 @@ _EXECUTE = {
     "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32": mma(np.float16, np.float32),
     "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32": mma(np.int8, np.int32),
     "mov.b32": lambda a: a.copy(),
+    "mov.f32": lambda a: a.copy(),
+    "add.s32": lambda a, b: a + b,
     "and.b32": lambda a, b: a & b,
     "xor.b32": lambda a, b: a ^ b,
     "shl.b32": lambda a, b: a << b,

@@ -141,9 +141,7 @@ def test_configurations():
     assert gemv.pick(24576, 128, "int8", 132, True) == gemv.Config(4, 64, 2, True)
     assert gemv.pick(4096, 128, "exact", 132, True) == gemv.Config(4, 128, 2, True)
     assert gemv.pick(4096, 384, "int8", 132, True) == gemv.Config(4, 128, 4, True)
-    assert (
-        gemv.pick(4096, 160, "int8", 132, True).units == 32
-    )  # 160 = 5 x 32: larger steps would idle a third of the lanes
-    assert gemv.pick(1024, 128, "int8", 132, True) == gemv.Config(
-        2, 128, 4, True
-    )  # small N: more thread blocks and warps
+    # 160 = 5 x 32: larger steps would idle a third of the lanes
+    assert gemv.pick(4096, 160, "int8", 132, True).units == 32
+    # small N: more thread blocks and warps
+    assert gemv.pick(1024, 128, "int8", 132, True) == gemv.Config(2, 128, 4, True)

@@ -11,7 +11,7 @@ import ptx_simulator  # noqa: E402
 
 from convert.codebook import codebook  # noqa: E402
 from convert.format import SUPPORTED_BITS  # noqa: E402
-from hlwq_cuda.kernels import decode, layout, tables  # noqa: E402
+from hlwq_cuda.kernels import decode, dot, layout, tables  # noqa: E402
 
 MODES = [(bits, "exact") for bits in SUPPORTED_BITS] + [(bits, "int8") for bits in (2, 3, 4, 5)]
 
@@ -80,3 +80,37 @@ def test_instruction_counts_are_as_documented():
         return sum(bool(s.strip()) for s in " ".join(decode.decode(bits, mode)).split(";"))
 
     assert count(4, "int8") == 4 * 9 and count(4, "exact") == 4 * 13
+
+
+@pytest.mark.parametrize(("bits", "mode"), MODES)
+def test_dot_product_of_a_unit(bits: int, mode: str):
+    """The whole text of dot.py: operands in the order that its docstring promises, and the sum in element 0."""
+    codes = units_with_every_code(bits)
+    state = registers(bits, mode, codes)
+    facts = dot.describe(bits, mode)
+    rng = np.random.default_rng(1)
+    if mode == "int8":
+        x = rng.integers(-127, 128, codes.shape).astype(np.int8)
+        centroids = tables.float_entries(tables.make_table(codebook(bits), bits), bits, mode).double().numpy()
+        step = tables.make_table(codebook(bits), bits)[facts.step_word :].view(torch.float32).item()
+        expected = np.rint((centroids[codes] / step - (0.5 if bits >= 4 else 0)) * x).sum(-1)
+        tolerance = 0.0
+    else:
+        x = rng.uniform(-1, 1, codes.shape).astype(np.float16)
+        products = np.array(codebook(bits)).astype(np.float16).astype(np.float64)[codes] * x
+        expected, tolerance = products.sum(-1), 2**-10 * np.abs(products).sum(-1)  # sums of eight in fp16
+
+    words = np.ascontiguousarray(x).view(np.uint32)
+    operands = [state[f"q{i}"] for i in range(facts.width)]
+    for i in range(facts.second):
+        operands += [state[f"r{i}"]] * facts.width
+    operands += [words[..., m] for m in range(facts.activations)]
+    for i in range(facts.table_words):
+        operands += [state[f"t{i}"]] * facts.width
+    address = [] if facts.table_words else [np.zeros_like(operands[0])] * facts.width
+    assert len(facts.constraints.split(",")) == facts.width + len(operands) + len(address)
+
+    loads = decode.load_lanes(bits, f"${facts.width + len(operands)}") if address else []  # lanes are in `state`
+    text = [line for line in facts.asm.strip("{}\n").splitlines() if line not in loads]
+    after = ptx_simulator.run(text, state | {f"${facts.width + i}": word for i, word in enumerate(operands)})
+    assert (np.abs(after["$0"].view(np.float32) - expected) <= tolerance).all()
