@@ -2,11 +2,11 @@
 
     python -m benchmarks.cuda_model            # needs Triton, no GPU
 
-The kernels are compiled for each card's architecture and their machine instructions counted (they are fully unrolled,
-so that a count over all of a lane's weights is exact). A multiprocessor issues four instructions of 32 lanes a clock,
-and half of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read
-the bytes at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, the start
-and end of a kernel and the clock under load are left out: on an H200 the measured share is about .8 of this bound.
+The kernels are compiled for each card and their machine instructions counted; as they are fully unrolled, a count over
+all of a lane's weights is exact. A multiprocessor issues four instructions of 32 lanes a clock, and half
+of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read the bytes
+at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, traffic between caches,
+the start and end of a kernel and the clock under load are left out: a small matrix stays further below the bound.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def instructions(m: int, mode: str, card: Card) -> tuple[float, float]:
     launch = {"PDL": card.capability >= 90}
     if m == 1:
         recorder = Recorder(gemv_gluon, "gemv_gluon_kernel")
-        config = gemv.pick(N, K // 32, mode, card.processors, gluon=True)
+        config = gemv.pick(N, K // 32, card.processors, gluon=True)
         with recorder:
             gemv.gemv(activation, *weight, config, launch)
         outputs, lanes = config.rows, 32 * config.warps

@@ -173,6 +173,16 @@ def test_merging_keeps_one_copy_and_the_modules_work(tokens: torch.Tensor) -> No
     np.testing.assert_array_equal(all_logits(model, tokens), before)
 
 
+def test_a_position_beyond_the_cache_uses_the_last_slot() -> None:
+    step = FusedStep(build("mistral"), 4)
+    logits = []
+    for position in (3, 4, 1000):
+        step.cache.fill_(0.5)
+        step.position.fill_(position)
+        logits.append(step.run().clone())
+    assert torch.equal(logits[0], logits[1]) and torch.equal(logits[0], logits[2])
+
+
 def test_reasons_not_to_take_the_step() -> None:
     model = build("mistral")
     assert FusedStep.supports(model, 64) is None

@@ -59,7 +59,7 @@ def attention_kernel(
     d = tl.arange(0, D_POW2)
     partner = (d + D // 2) % D  # the other half of the rotary pair
     in_head = d < D
-    new = tl.load(position).to(tl.int32)
+    new = tl.minimum(tl.load(position), T - 1).to(tl.int32)  # beyond the cache: its last slot, never foreign memory
     cosine = tl.load(cos + new * D + d, mask=in_head, other=0.0)
     sine = tl.load(sin + new * D + d, mask=in_head, other=0.0) * tl.where(d < D // 2, -1.0, 1.0)
     if QK_NORM:
