@@ -36,8 +36,36 @@ class Config(NamedTuple):
     ahead: int  # pieces of activations, 128 of K, in flight
 
 
-# multiprocessors of the GPU -> (N, K, row tiles, int8) -> configuration
-MEASURED: dict[int, dict[tuple[int, int, int, bool], Config]] = {}
+# Best of eight to nine configurations each, H200 (132 multiprocessors), 2026-11-23: benchmarks/results/gemm-sweep-h200.json.
+# multiprocessors -> (N, K, row tiles, int8) -> configuration
+MEASURED: dict[int, dict[tuple[int, int, int, bool], Config]] = {
+    132: {
+        (4096, 4096, 1, False): Config(2, 1, 8, 1),
+        (4096, 4096, 1, True): Config(2, 1, 4, 4),
+        (4096, 4096, 2, False): Config(1, 2, 4, 4),
+        (4096, 4096, 2, True): Config(1, 2, 4, 1),
+        (4096, 4096, 4, False): Config(2, 4, 8, 1),
+        (4096, 4096, 4, True): Config(1, 4, 4, 1),
+        (6144, 4096, 1, False): Config(2, 1, 4, 1),
+        (6144, 4096, 1, True): Config(2, 1, 4, 4),
+        (6144, 4096, 2, False): Config(1, 2, 4, 4),
+        (6144, 4096, 2, True): Config(1, 2, 4, 1),
+        (6144, 4096, 4, False): Config(2, 4, 4, 1),
+        (6144, 4096, 4, True): Config(2, 4, 4, 1),
+        (24576, 4096, 1, False): Config(2, 1, 4, 1),
+        (24576, 4096, 1, True): Config(2, 1, 2, 1),
+        (24576, 4096, 2, False): Config(2, 2, 4, 1),
+        (24576, 4096, 2, True): Config(1, 2, 4, 4),
+        (24576, 4096, 4, False): Config(2, 4, 4, 1),
+        (24576, 4096, 4, True): Config(2, 4, 4, 1),
+        (4096, 12288, 1, False): Config(1, 1, 8, 1),
+        (4096, 12288, 1, True): Config(1, 1, 8, 1),
+        (4096, 12288, 2, False): Config(2, 2, 8, 4),
+        (4096, 12288, 2, True): Config(1, 2, 8, 1),
+        (4096, 12288, 4, False): Config(2, 4, 8, 1),
+        (4096, 12288, 4, True): Config(2, 4, 8, 1),
+    }
+}
 
 
 def pick(rows: int, outputs: int, chunks: int, int8: bool, processors: int) -> Config:
