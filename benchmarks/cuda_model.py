@@ -6,7 +6,8 @@ The kernels are compiled for each card and their machine instructions counted; a
 all of a lane's weights is exact. A multiprocessor issues four instructions of 32 lanes a clock, and half
 of that rate for the shifts, permutes and logic of the decoder. The time that takes, against the time to read the bytes
 at 92 % of the memory's nominal rate (a usual ceiling), bounds the share of bandwidth. Latency, traffic between caches,
-the start and end of a kernel and the clock under load are left out: a small matrix stays further below the bound.
+the start and end of a kernel and the clock under load are left out: at M = 8 an H200 reached 49 % (exact) and 63 %
+(int8) of its read bandwidth where the bound is 92 %. Cards with less bandwidth for each multiprocessor come closer.
 """
 
 from __future__ import annotations
@@ -46,17 +47,15 @@ CARDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__.splitlines()[0]).parse_args(
-        argv
-    )
-    print(
-        f"MODEL from instruction counts, {N}x{K}, 4 bits: instructions a weight (of them logic) -> bound on the share"
-    )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cuda_model", description=__doc__.splitlines()[0])
+    parser.add_argument("--cards", nargs="+", choices=CARDS, default=list(CARDS), metavar="CARD", help=", ".join(CARDS))
+    cards = parser.parse_args(argv).cards
+    print(f"MODEL from instruction counts, {N}x{K}, 4 bits: instructions a weight (logic) -> bound on the share")
     kinds = [(m, mode) for m in (1, 8, 16) for mode in ("exact", "int8")]
     print("| card | " + " | ".join(f"M = {m} {mode}" for m, mode in kinds) + " |")
     print("|---" * (len(kinds) + 1) + "|")
-    for name, card in CARDS.items():
-        cells = []
+    for name in cards:
+        card, cells = CARDS[name], []
         for m, mode in kinds:
             total, logic = instructions(m, mode, card)
             cells.append(f"{total:.1f} ({logic:.1f}) -> {share(total, logic, card):.0%}")
@@ -129,7 +128,8 @@ class Recorder:
         """The machine code (cubin) of the recorded launch."""
         import triton
         from triton.backends.compiler import GPUTarget
-        from triton.experimental.gluon._runtime import GluonASTSource
+        from triton.compiler import ASTSource
+        from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
         constexprs = {p.name for p in self.kernel.params if p.is_constexpr}
         signature, constants, attributes = {}, {}, {}
@@ -141,9 +141,10 @@ class Recorder:
             signature[name] = "i32" if isinstance(value, int) else "*" + _TYPES[str(value.dtype)]
             if not isinstance(value, int) or value % 16 == 0:
                 attributes[(position,)] = [["tt.divisibility", 16]]
-        source = GluonASTSource(self.kernel, signature, constants, attributes)
-        target = GPUTarget("cuda", capability, 32)
-        return triton.compile(source, target, {"num_warps": self.arguments["num_warps"]}).asm["cubin"]
+        make = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
+        source = make(self.kernel, signature, constants, attributes)
+        options = {"num_warps": self.arguments.get("num_warps", 4)}
+        return triton.compile(source, GPUTarget("cuda", capability, 32), options).asm["cubin"]
 
 
 _TYPES = {"torch.int32": "i32", "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}

@@ -50,15 +50,13 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
         return out.view(*x.shape[:-1], codes.shape[0])
     if kernel == "dequantize" or (kernel == "gemm" and not has_gluon(triton.__version__)):
         rotated = rotate_kernels.rotate(rows, block_size, launch)
-        prefill.multiply_exact(rotated, *weight, out, bits, block_size)
+        prefill.multiply(rotated, *weight, out, bits, block_size)
     else:
         activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)
         if kernel == "gemv":
             gemv(activation, *weight, out, bits, block_size, mode, launch)
-        elif kernel == "gemm":
-            gemm(activation, *weight, out, bits, block_size, mode, launch)
         else:
-            prefill.multiply_int8(activation, *weight, out, bits, block_size)
+            gemm(activation, *weight, out, bits, block_size, mode, launch)
     return out.view(*x.shape[:-1], codes.shape[0])
 
 

@@ -20,14 +20,14 @@ from hlwq_cuda.kernels.tables import INT8_MAX_BITS
 
 MODES = ("exact", "int8")
 GEMV_MAX_ROWS = 1
-GEMM_MAX_ROWS = 64  # above, a dequantized weight and cuBLAS are faster
+GEMM_MAX_ROWS = {"exact": 32, "int8": 64}  # above, a dequantized weight and cuBLAS are faster (H200, measurements.md)
 
 
-def pick(rows: int) -> str:
+def pick(rows: int, mode: str) -> str:
     """The kernel for a product with that many rows of activations."""
     if rows <= GEMV_MAX_ROWS:
         return "gemv"
-    return "gemm" if rows <= GEMM_MAX_ROWS else "dequantize"
+    return "gemm" if rows <= GEMM_MAX_ROWS[mode] else "dequantize"
 
 
 def default_mode(bits: int, device_type: str) -> str:
@@ -51,7 +51,7 @@ def linear(
     check_mode(mode, bits)
     arguments = (x, codes, norms, table, bias, bits, block_size, in_features, mode)
     if x.is_cuda:
-        return _gpu().linear(*arguments, pick(x.numel() // in_features))
+        return _gpu().linear(*arguments, pick(x.numel() // in_features, mode))
     return plain.linear(*arguments)
 
 

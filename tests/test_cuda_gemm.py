@@ -17,14 +17,11 @@ from convert import reference  # noqa: E402
 from convert.codebook import codebook  # noqa: E402
 from convert.format import SUPPORTED_BITS, ModuleSpec  # noqa: E402
 from hlwq_cuda.kernels import gemm, plain, prefill, tables  # noqa: E402
-from hlwq_cuda.kernels.dequantize import dequantize  # noqa: E402
-from hlwq_cuda.kernels.gemm_int8 import gemm_int8  # noqa: E402
 from hlwq_cuda.kernels.layout import pack_codes  # noqa: E402
 from tests.triton_device import DEVICE, LAUNCH  # noqa: E402
 
 ON_GPU = DEVICE == "cuda"
 KINDS = [(bits, "exact") for bits in SUPPORTED_BITS] + [(bits, "int8") for bits in (2, 3, 4, 5)]
-INT8_KINDS = [kind for kind in KINDS if kind[1] == "int8"]
 ROWS = (2, 3, 7, 8, 16, 33, 64, 257) if ON_GPU else (3, 17)
 SMALL = [(5, 96, 32), (20, 192, 64), (18, 200, 128)]  # N, K, B: odd chunks, half a piece, padding
 LARGE = [(1003, 4096, 128), (130, 4800, 64), (65, 1312, 32), (64, 9000, 128)]
@@ -110,20 +107,6 @@ def test_output_dtypes(dtype: torch.dtype):
     assert torch.equal(rounded, case.out.to(dtype))
 
 
-@pytest.mark.parametrize(("outputs", "width", "block"), SHAPES)
-@pytest.mark.parametrize(("bits", "mode"), INT8_KINDS)
-def test_int8_product_of_many_rows_matches_reference(bits: int, mode: str, outputs: int, width: int, block: int):
-    case = Case(bits, mode, 257 if ON_GPU else 5, outputs, width, block)
-    if ON_GPU:
-        prefill.multiply_int8(case.activation, *case.weight, case.bias, case.out, bits, block)
-    else:
-        units = torch.full((outputs, case.spec.padded_in_features), -128, dtype=torch.int8)
-        dequantize(*case.weight, units, bits, block, ptx=False)
-        tile = {"tile": (16, 16), "warps": 1, "stages": 1}
-        gemm_int8(case.activation, units, *case.weight[1:], case.bias, case.out, bits, block, **tile)
-    case.check(2**-14)  # the half sums, about 1 % of a sum, pass through tf32
-
-
 @pytest.mark.gpu
 @pytest.mark.skipif(not ON_GPU, reason="inline assembly needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -132,7 +115,7 @@ def test_many_rows_by_slices(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
     case = Case(4, "exact", 257, 300, 1024, 128)
     rotated = plain.rotate(case.x, 128).to(dtype)
     out = torch.full(case.out.shape, float("nan"), dtype=dtype, device=DEVICE)
-    prefill.multiply_exact(rotated, *case.weight, case.bias.to(dtype), out, 4, 128)
+    prefill.multiply(rotated, *case.weight, case.bias.to(dtype), out, 4, 128)
     weight = reference.decode_rotated(case.encoded, case.spec, codebook(4))
     x = rotated.double().cpu().numpy()
     expected = x @ weight.T + case.bias.double().cpu().numpy()

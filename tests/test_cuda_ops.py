@@ -63,9 +63,13 @@ def test_compiles_without_graph_breaks(weight):
     assert torch.equal(compiled(x, ids), function(x, ids))
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (2, "gemm"), (64, "gemm"), (65, "dequantize")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (2, "gemm"), (32, "gemm"), (65, "dequantize")])
 def test_pick(rows: int, kernel: str):
-    assert ops.pick(rows) == kernel
+    assert ops.pick(rows, "exact") == ops.pick(rows, "int8") == kernel
+
+
+def test_int8_serves_more_rows_before_it_dequantizes():
+    assert (ops.pick(64, "exact"), ops.pick(64, "int8")) == ("dequantize", "gemm")
 
 
 def test_unknown_mode_is_refused(weight):

@@ -1,7 +1,6 @@
 """Codes to a matrix in the rotated basis, for products with many rows: the tensor-core library does the rest.
 
-    fp16, bf16:  w[n, k] = norm * entry / sqrt(B), rounded once from float32
-    int8:        w[n, k] = the int8 unit of the code (tables.py); norms are left to the product (gemm_int8.py)
+    w[n, k] = norm * entry / sqrt(B), rounded once from float32
 
 A program decodes UNITS units (decode.py), wherever rows begin: a row is a whole number of units and of blocks, so that
 units, norms and results are flat arrays; only the planes of the codes need the row. The results of a unit are spread
@@ -30,7 +29,7 @@ _PACK = {torch.float16: "cvt.rn.f16x2.f32", torch.bfloat16: "cvt.rn.bf16x2.f32"}
 class Sequence(NamedTuple):
     """One unit to words of results, as a text for `inline_asm_elementwise` with pack=1, and what it needs.
 
-    Operands: words of the first plane, of the second; the norm (not for int8); table words, or the table's address.
+    Operands: words of the first plane, of the second; the norm; table words, or the table's address.
     """
 
     asm: str
@@ -45,32 +44,27 @@ class Sequence(NamedTuple):
 
 @cache
 def sequence(bits: int, dtype: torch.dtype) -> Sequence:
-    """The Sequence for results of `dtype`: torch.float16, bfloat16 or int8."""
-    mode = "int8" if dtype == torch.int8 else "exact"
+    """The Sequence for results of `dtype`: torch.float16 or bfloat16."""
     codes, (first, second) = decode.unit_codes(bits), decode.unit_words(bits)
-    results = codes // (4 if mode == "int8" else 2)
+    results = codes // 2
     names = [f"q{i}" for i in range(first)] + [f"r{i}" for i in range(second)]
     constraints = ["=&r"] * results + ["r"] * len(names)
-    text = [decode.declarations(bits, mode)]
+    text = [decode.declarations(bits, "exact")]
     text += [f"mov.b32 {name}, ${results + i};" for i, name in enumerate(names)]
-    if mode == "exact":
-        norm = f"${len(constraints)}"
-        constraints.append("f")
-        text.append(".reg .b16 left, right; .reg .f32 fl, fr;")
-    words = decode.table_words(bits, mode)
+    norm = f"${len(constraints)}"
+    constraints.append("f")
+    text.append(".reg .b16 left, right; .reg .f32 fl, fr;")
+    words = decode.table_words(bits, "exact")
     if words:
         text += [f"mov.b32 t{i}, ${len(constraints) + i};" for i in range(len(words))]
         constraints += ["r"] * len(words)
     else:
         text += decode.load_lanes(bits, f"${len(constraints)}")
         constraints.append("l")
-    text += decode.decode(bits, mode)
+    text += decode.decode(bits, "exact")
     for i in range(results):
-        if mode == "int8":
-            text.append(f"mov.b32 ${i}, v{i};")
-        else:
-            text.append(f"mov.b32 {{left, right}}, p{i}; cvt.f32.f16 fl, left; cvt.f32.f16 fr, right;")
-            text.append(f"mul.f32 fl, fl, {norm}; mul.f32 fr, fr, {norm}; {_PACK[dtype]} ${i}, fr, fl;")
+        text.append(f"mov.b32 {{left, right}}, p{i}; cvt.f32.f16 fl, left; cvt.f32.f16 fr, right;")
+        text.append(f"mul.f32 fl, fl, {norm}; mul.f32 fr, fr, {norm}; {_PACK[dtype]} ${i}, fr, fl;")
     asm = "\n".join(["{", *text, "}"])
     return Sequence(asm, ",".join(constraints), codes, first, second, results, words.start, len(words))
 
@@ -79,17 +73,16 @@ def dequantize(
     codes: torch.Tensor,  # int32 [N, Kp * bits / 32]
     norms: torch.Tensor,  # float16 [N, Kp / B]
     table: torch.Tensor,
-    out: torch.Tensor,  # [N, Kp]: float16, bfloat16, float32, or int8
+    out: torch.Tensor,  # [N, Kp]: float16, bfloat16 or float32
     bits: int,
     block_size: int,
     ptx: bool = True,
 ) -> None:
-    """out = norm * entry / sqrt(B), or the int8 units, in the rotated basis."""
+    """out = norm * entry / sqrt(B), in the rotated basis."""
     if not ptx or out.dtype == torch.float32:
         columns = min(1024, triton.next_power_of_2(out.shape[1]))
         grid = (len(out), triton.cdiv(out.shape[1], columns))
-        int8 = out.dtype == torch.int8
-        dequantize_plain_kernel[grid](codes, norms, table, out, out.shape[1], block_size, bits, int8, columns)
+        dequantize_plain_kernel[grid](codes, norms, table, out, out.shape[1], block_size, bits, columns)
         return
     text = sequence(bits, out.dtype)
     total = out.numel() // text.codes
@@ -110,7 +103,6 @@ def dequantize(
         CONSTRAINTS=text.constraints,
         B=block_size,
         SCALE=block_size**-0.5,
-        INT8=out.dtype == torch.int8,
         UNITS=_UNITS,
     )
 
@@ -133,7 +125,6 @@ def dequantize_kernel(
     CONSTRAINTS: tl.constexpr,
     B: tl.constexpr,
     SCALE: tl.constexpr,
-    INT8: tl.constexpr,
     UNITS: tl.constexpr,
 ):
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
@@ -145,9 +136,8 @@ def dequantize_kernel(
         operands = operands + (tl.load(row + place * FIRST + i, mask=inside, other=0),)
     for i in tl.static_range(SECOND):
         operands = operands + (tl.load(row + UNITS_PER_ROW * FIRST + place * SECOND + i, mask=inside, other=0),)
-    if not INT8:
-        norm = tl.load(norms + unit * CODES // B, mask=inside, other=0.0)
-        operands = operands + (norm.to(tl.float32) * SCALE,)
+    norm = tl.load(norms + unit * CODES // B, mask=inside, other=0.0)
+    operands = operands + (norm.to(tl.float32) * SCALE,)
     for i in tl.static_range(TABLE_WORDS):
         operands = operands + (tl.load(table + TABLE_START + i),)
     if TABLE_WORDS == 0:
@@ -183,12 +173,10 @@ def dequantize_plain_kernel(
     KP: tl.constexpr,
     B: tl.constexpr,
     BITS: tl.constexpr,
-    INT8: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    w = load_entries(codes, table, row, k, k < KP, KP * BITS // 32, BITS, INT8)
-    if not INT8:
-        w *= tl.load(norms + row * (KP // B) + k // B, mask=k < KP, other=0.0).to(tl.float32) * B**-0.5
+    w = load_entries(codes, table, row, k, k < KP, KP * BITS // 32, BITS, False)
+    w *= tl.load(norms + row * (KP // B) + k // B, mask=k < KP, other=0.0).to(tl.float32) * B**-0.5
     tl.store(out + row * KP + k, w.to(out.dtype.element_ty), mask=k < KP)

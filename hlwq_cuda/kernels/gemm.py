@@ -21,7 +21,6 @@ from hlwq_cuda.kernels.layout import CHUNK, PLANES
 from hlwq_cuda.kernels.plain import Activation
 from hlwq_cuda.kernels.unpack import load_entries
 
-POLICY = "evict_first"
 _TILE_ROWS = 8  # activation rows of an mma
 _TILE_OUTPUTS = 16  # weight rows of an mma
 _GROUP_CHUNKS = 16  # chunks of K that a warp takes at a time
@@ -36,8 +35,8 @@ class Config(NamedTuple):
     ahead: int  # pieces of activations, 128 of K, in flight
 
 
-# Best of eight to nine configurations each, H200 (132 multiprocessors), 2026-11-23: benchmarks/results/gemm-sweep-h200.json.
-# multiprocessors -> (N, K, row tiles, int8) -> configuration
+# Multiprocessors -> (N, K, row tiles, int8) -> the best of up to nine configurations.
+# H200 (132), 2026-11-23: benchmarks/results/gemm-sweep-h200.json
 MEASURED: dict[int, dict[tuple[int, int, int, bool], Config]] = {
     132: {
         (4096, 4096, 1, False): Config(2, 1, 8, 1),
@@ -133,7 +132,6 @@ def gemm(
         R=config.output_tiles,
         TILES=config.row_tiles,
         AHEAD=config.ahead,
-        POLICY=POLICY,
         num_warps=config.warps,
         **launch,
     )

@@ -3,10 +3,11 @@
     y[m, n] = step * sum over blocks of norm[n] * scale[m] * dot(entries, values[m]) + bias[n]
 
 A thread block holds R tiles of 16 weight rows and 8 TILES rows of activations; its warps split K, four pieces of 128 at
-a time, and add their sums at the end through shared memory. Weights go from memory to registers to the tensor core;
-mma.py says how, for every width and block size. Splitting K over the warps keeps a small layer (two tiles of rows a
-multiprocessor) in flight as a whole; activations are loaded ahead of their use for the same reason. The first weights
-are loaded before the wait of programmatic dependent launch: they depend on no kernel.
+a time, and add their sums at the end through shared memory. Weights go from memory to registers to the tensor core, for
+every width and block size as mma.py says, and are the first to leave the cache next to the processor: the activations,
+which every warp reads again, stay. Splitting K over the warps keeps a small layer (two tiles of rows a multiprocessor)
+in flight as a whole; activations are loaded ahead of their use for the same reason. The first weights are loaded before
+the wait of programmatic dependent launch: they depend on no kernel.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ def gemm_mma_kernel(
     R: gl.constexpr,
     TILES: gl.constexpr,
     AHEAD: gl.constexpr,  # pieces of activations in flight
-    POLICY: gl.constexpr,
     PDL: gl.constexpr,
     num_warps: gl.constexpr,
 ):
@@ -93,11 +93,9 @@ def gemm_mma_kernel(
         words = ()
         norm = ()
         for r in gl.static_range(2 * R):
-            planes = (_load_plane(code_row[r], chunk, t, index, PLANE_0, 0, CHUNKS, BITS, EVEN, POLICY),)
+            planes = (_load_plane(code_row[r], chunk, t, index, PLANE_0, 0, CHUNKS, BITS, EVEN),)
             if PLANE_1 > 0:
-                planes = planes + (
-                    _load_plane(code_row[r], chunk, t, index, PLANE_1, PLANE_0, CHUNKS, BITS, EVEN, POLICY),
-                )
+                planes = planes + (_load_plane(code_row[r], chunk, t, index, PLANE_1, PLANE_0, CHUNKS, BITS, EVEN),)
             words = words + (planes,)
             norm = norm + (_load_blocks(norm_row[r], chunk, j, SUB_BLOCKS, BLOCKS, EVEN),)
         if PDL and step == 0:
@@ -164,7 +162,6 @@ def _load_plane(
     CHUNKS: gl.constexpr,
     BITS: gl.constexpr,
     EVEN: gl.constexpr,
-    POLICY: gl.constexpr,
 ):
     """One plane of a group: WIDTH tensors; of the lane's 4 WIDTH words, element j of tensor u is number 4 u + j."""
     out = ()
@@ -178,9 +175,9 @@ def _load_plane(
         c = chunk + 4 * piece + t
         at = row + (BEFORE * CHUNKS + c * WIDTH + word)
         if EVEN:
-            out = out + (gl.load(at, eviction_policy=POLICY),)
+            out = out + (gl.load(at, eviction_policy="evict_first"),)
         else:
-            out = out + (gl.load(at, mask=c < CHUNKS, other=0, eviction_policy=POLICY),)
+            out = out + (gl.load(at, mask=c < CHUNKS, other=0, eviction_policy="evict_first"),)
     return out
 
 
