@@ -91,7 +91,7 @@ def instructions(m: int, mode: str, card: Card) -> tuple[float, float]:
     launch = {"PDL": card.capability >= 90}
     if m == 1:
         recorder = Recorder(gemv_gluon, "gemv_gluon_kernel")
-        config = gemv.pick(N, K // 32, card.processors, gluon=True)
+        config = gemv.pick(N, K // 32, mode, card.processors, gluon=True)
         with recorder:
             gemv.gemv(activation, *weight, config, launch)
         outputs, lanes = config.rows, 32 * config.warps
@@ -138,8 +138,8 @@ class Recorder:
             if name in constexprs:
                 signature[name], constants[(position,)] = "constexpr", value
                 continue
-            signature[name] = "i32" if isinstance(value, int) else "*" + _TYPES[str(value.dtype)]
-            if not isinstance(value, int) or value % 16 == 0:
+            signature[name] = _SCALARS.get(type(value)) or "*" + _TYPES[str(value.dtype)]
+            if type(value) not in _SCALARS or (isinstance(value, int) and value % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         make = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         source = make(self.kernel, signature, constants, attributes)
@@ -147,6 +147,7 @@ class Recorder:
         return triton.compile(source, GPUTarget("cuda", capability, 32), options).asm["cubin"]
 
 
+_SCALARS = {int: "i32", float: "fp32"}
 _TYPES = {"torch.int32": "i32", "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
 
 

@@ -100,6 +100,8 @@ def gemm(
     """out = activation @ weight.T + bias, on tensor cores."""
     from hlwq_cuda.kernels.gemm_mma import gemm_mma_kernel
 
+    if activation.mean_squares is not None:
+        raise ValueError("gemm takes activations that their norm has scaled; only gemv applies its factor")
     (rows, outputs), chunks, int8 = out.shape, norms.shape[1] * block_size // CHUNK, mode == "int8"
     texts, constraints = _texts(bits, int8, config.row_tiles, 128 // block_size)
     words = decode.table_words(bits, mode)
