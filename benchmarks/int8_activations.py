@@ -47,7 +47,11 @@ def main() -> None:
     if arguments.source is not None:
         source = torch_model(arguments.source, device="cpu")
         pairs |= {f"{mode} from source": (source, logits(mode)) for mode in ("exact", "int8")}
-    result: dict = {"directory": arguments.directory.name, "device": str(model.model.device), "tokens": int(windows.size)}
+    result: dict = {
+        "directory": arguments.directory.name,
+        "device": str(model.model.device),
+        "tokens": int(windows.size),
+    }
     for name, (reference, tested) in pairs.items():
         found = compare(reference, tested, windows)
         print(f"{name}: KL {found.kl:.5f} +- {found.kl_error:.5f} nats, same first choice {found.top1:.4f}")

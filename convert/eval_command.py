@@ -52,7 +52,6 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--against", required=True, metavar="SOURCE", help="the unquantized model: directory or .gguf")
     parser.add_argument("--text", required=True, type=Path, metavar="FILE", help="plain text in UTF-8 to evaluate on")
     parser.add_argument("--max-tokens", type=int, metavar="N", help="evaluate the first N tokens only")
-    parser.add_argument("--backend", choices=("auto", "torch", "mlx"), default="auto")
     parser.add_argument("--device", help="of torch: cpu, cuda, mps (default: the best present)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of torch")
     parser.add_argument("--plot", type=Path, metavar="PNG", help="draw KL divergence against bits a weight")
@@ -69,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.plot is not None:
         _pyplot()
     text = read_text(arguments.text, "--text")
-    load = pick_loader(arguments.backend, arguments.directories)
+    load = pick_loader(arguments.directories)
     directories: list[Path] = arguments.directories
     staging = directories[0].absolute().with_name(f"{directories[0].name}.source")  # where a GGUF is decoded to
     with open_source(arguments.against, staging=staging) as source:

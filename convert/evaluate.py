@@ -120,17 +120,12 @@ def is_hlwq(directory: Path) -> bool:
     return isinstance(config, dict) and config.get("quant_method") == QUANT_METHOD
 
 
-def pick_loader(backend: str, directories: Sequence[Path]) -> Loader:
-    """`torch` or `mlx`, the only ones that know the names in the directories, or what is asked for by name.
-
-    A directory of --target mlx has mlx-lm's names, one of --target cuda has those of transformers.
-    """
-    names = {"mlx" if Checkpoint.open(each).quantization.base_model_type else "torch" for each in directories}
-    if len(names) > 1:
+def pick_loader(directories: Sequence[Path]) -> Loader:
+    """What runs the directories: one of --target mlx has mlx-lm's names, one of --target cuda those of transformers."""
+    for_mlx = {Checkpoint.open(each).quantization.base_model_type is not None for each in directories}
+    if len(for_mlx) > 1:
         raise ConvertError("the directories are for mlx-lm and for transformers; evaluate them in two runs")
-    if backend not in ("auto", *names):
-        raise ConvertError(f"--backend {backend}: these directories need {names.pop()}; convert with another --target")
-    return {"mlx": mlx_model, "torch": torch_model}[names.pop()]
+    return mlx_model if for_mlx.pop() else torch_model
 
 
 def mlx_model(directory: Path, device: str | None = None, dtype: str = "float32") -> LogitsOf:

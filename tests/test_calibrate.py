@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from convert import feedback, search  # noqa: E402
+from convert import feedback, model_run, search  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.calibrate import calibrate  # noqa: E402
 from convert.checkpoint import Checkpoint  # noqa: E402
@@ -169,6 +169,22 @@ def test_calibrated_conversion_beats_search(family: str, texts: dict[str, Path],
     assert found < 0.8 * plain
     first, second = (Checkpoint.open(tmp_path / name) for name in ("search", "calibrated"))
     assert first.quantization == second.quantization
+
+
+def test_model_writes_its_own_calibration_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts, capsys):
+    monkeypatch.setattr(model_run, "CALIBRATION_WINDOWS", 16)
+    source = tiny_model("llama", tmp_path / "source", dtype="float32")
+    assert run(source, tmp_path / "calibrated", "--encoder", "calibrated") == 0
+    assert re.search(r"[1-9]\d* matrices calibrated", capsys.readouterr().err)
+
+
+def test_too_short_calibration_text_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture):
+    source = tiny_model("llama", tmp_path / "source", dtype="float32")
+    (tmp_path / "short.txt").write_text("a" * 700, encoding="utf-8")
+    options = ("--encoder", "calibrated", "--calibration", str(tmp_path / "short.txt"))
+    assert run(source, tmp_path / "out", *options) == 1
+    assert "at least 1024 are needed" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["short.txt", "source"]
 
 
 def specs_of(model) -> dict[int, ModuleSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 from pathlib import Path
@@ -91,6 +92,30 @@ def test_bits_per_weight_counts_every_stored_byte(converted: Path):
     with safe_open(converted / "q3" / "model.safetensors", "np") as file:
         nbytes = sum(file.get_tensor(name).nbytes for name in file.keys())
     assert bits_per_weight(converted / "q3") == pytest.approx(8 * nbytes / weights)
+
+
+def test_mlx_directory_runs_in_mlx_and_agrees(converted: Path, capsys: pytest.CaptureFixture):
+    pytest.importorskip("mlx_lm")
+    arguments = ["--model", str(converted / "source"), "--output", str(converted / "mlx"), "--target", "mlx"]
+    assert main([*arguments, "--bits", "3"]) == 0
+    options = ("--max-tokens", "512", "--json", "--device", "cpu")
+    found = []
+    for name in ("q3", "mlx"):
+        assert evaluate(converted, name, options=options) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[1]["kl"] == pytest.approx(found[0]["kl"], rel=0.02)  # one decodes in float32, the other runs codes
+    assert evaluate(converted, "q3", "mlx") == 1
+    assert "evaluate them in two runs" in capsys.readouterr().err
+
+
+def test_plot_is_a_png_or_says_what_is_missing(converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture):
+    options = ("--max-tokens", "64", "--device", "cpu", "--plot", str(tmp_path / "kl.png"))
+    if importlib.util.find_spec("matplotlib") is None:
+        assert evaluate(converted, "q3", options=options) == 1
+        assert "pip install matplotlib" in capsys.readouterr().err
+    else:
+        assert evaluate(converted, "q3", "q8", options=options) == 0
+        assert (tmp_path / "kl.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_short_text_is_one_short_window(converted: Path, capsys: pytest.CaptureFixture):
