@@ -2,7 +2,8 @@
 
     python -m benchmarks.decode                                   # Qwen3-8B's shape: exact, int8 and bf16, sampling on
     python -m benchmarks.decode --shape llama-3.1-8b --modes int8 --context 4096
-    python -m benchmarks.decode --compile                         # also transformers: bf16, static cache, torch.compile
+    python -m benchmarks.decode --generate --compile              # also the loop of generate, and transformers' own
+                                                                  # with bf16, a static cache and torch.compile
 
 A token is one replay of a CUDA graph: the step, the draw (temperature .7, top-p .9) and the advance of the position;
 nothing is copied to the host. The cache holds `--context` tokens. Codes are random bits, which cost what real ones do.
@@ -175,6 +176,26 @@ def measure_step(args: argparse.Namespace, mode: str, bandwidth: float, device: 
     }
 
 
+def measure_generate(args: argparse.Namespace, mode: str, device: torch.device) -> dict:
+    """End to end: the loop of `generate`, which reads the prompt, and each token on the host."""
+    from hlwq_cuda.decode import Decoder, Sampling
+
+    length = args.context + args.tokens + 8
+    config = make_config(args.shape, length)
+    model = random_model(config, None if mode == "bf16" else args.bits, None if mode == "bf16" else mode, device)
+    decoder = Decoder(model, length)
+    prompt = torch.randint(0, config.vocab_size, (1, args.context), device=device)
+    sampling = Sampling() if args.greedy else Sampling(temperature=0.7, top_p=0.9)
+    seconds = []
+    for _ in range(REPEATS + 1):
+        decoder.prefill(prompt, sampling)
+        start = time.perf_counter()
+        count = sum(1 for _ in decoder.tokens(args.tokens))
+        seconds.append((time.perf_counter() - start) / count)
+    median = statistics.median(seconds[1:])  # the first compiles
+    return {"mode": f"{mode}, {decoder.step.name} in generate", "tokens_per_second": round(1 / median, 1)}
+
+
 def measure_compiled(args: argparse.Namespace, device: torch.device) -> dict:
     """transformers' own generate in bf16 with a static cache and torch.compile, the same number of tokens."""
     from transformers import CompileConfig
@@ -212,7 +233,12 @@ def command(args: argparse.Namespace) -> str:
     """The command line that measures the same again."""
     flags = f"--shape {args.shape} --modes {' '.join(args.modes)} --bits {args.bits}"
     flags += f" --context {args.context} --tokens {args.tokens}"
-    return f"python -m benchmarks.decode {flags}" + " --greedy" * args.greedy + " --compile" * args.compile
+    return (
+        f"python -m benchmarks.decode {flags}"
+        + " --greedy" * args.greedy
+        + " --generate" * args.generate
+        + " --compile" * args.compile
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -224,6 +250,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--context", type=int, default=512, help="tokens in the cache (default: 512)")
     parser.add_argument("--tokens", type=int, default=128, help="tokens a run (default: 128)")
     parser.add_argument("--greedy", action="store_true", help="take the largest logit instead of sampling")
+    parser.add_argument("--generate", action="store_true", help="also time the loop of hlwq_cuda's generate")
     parser.add_argument("--compile", action="store_true", help="also time transformers with torch.compile")
     parser.add_argument("--output", type=Path, help="write the result here")
     args = parser.parse_args(argv)
@@ -249,6 +276,10 @@ def main(argv: list[str] | None = None) -> int:
         result["rows"].append(measure_step(args, mode, bandwidth, device))
         print(result["rows"][-1], flush=True)
         torch.cuda.empty_cache()
+        if args.generate:
+            result["rows"].append(measure_generate(args, mode, device))
+            print(result["rows"][-1], flush=True)
+            torch.cuda.empty_cache()
     if args.compile:
         result["rows"].append(measure_compiled(args, device))
     if args.output:

@@ -43,7 +43,7 @@ class FusedStep:
     """The step of one model and one cache; see the module's docstring for use.
 
     token:    int64 [1], the token to run
-    position: int64 [1], its index: the number of tokens in the cache, below max_length (beyond it the last slot is used)
+    position: int64 [1], its index: the number of tokens in the cache; the last slot serves for any beyond it
     logits:   [vocabulary], float32, or the head's dtype where the head is not quantized
     cache:    [layers, keys and values, kv_heads, max_length, D], the dtype of the model's norms
     """
