@@ -15,7 +15,8 @@ if find_spec("transformers") is not None:  # the kernels and modules need torch 
     from hlwq_cuda.adapters import enable_lora
     from hlwq_cuda.generate import LanguageModel, load, set_mode
     from hlwq_cuda.hf import HLWQConfig, register
+    from hlwq_cuda.remote_code import add_remote_code
 
-    __all__ = ["HLWQConfig", "LanguageModel", "enable_lora", "load", "set_mode"]
+    __all__ = ["HLWQConfig", "LanguageModel", "add_remote_code", "enable_lora", "load", "set_mode"]
 
     register()

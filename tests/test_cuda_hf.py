@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +24,7 @@ from hlwq_cuda.layers import HLWQEmbedding, HLWQLinear, HLWQWeight  # noqa: E402
 from tests.hlwq_models import converted, decoded, random_ids, source  # noqa: E402
 from tests.tiny_models import FAMILIES  # noqa: E402
 
+REPOSITORY = Path(__file__).parent.parent
 IDS = random_ids(19)
 FP16 = 2**-10  # activations on disk-offloaded layers are rounded to fp16; elsewhere only the order of sums differs
 
@@ -166,6 +171,26 @@ def test_compiles_to_one_graph(root: Path):
     with torch.no_grad():
         found = compiled(IDS, use_cache=False).logits.double()
     assert relative_error(found, logits(model)) < 1e-5  # float32, other orders of summation
+
+
+def test_remote_code_needs_no_import(root: Path, tmp_path: Path):
+    """In a new process, because this one has imported the package."""
+    directory = Path(shutil.copytree(converted("qwen3_moe", root), tmp_path / "model"))
+    hlwq_cuda.add_remote_code(directory)
+    program = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as Auto\n"
+        "options = {'trust_remote_code': True, 'dtype': torch.float32, 'output_loading_info': True}\n"
+        "model, info = Auto.from_pretrained(sys.argv[1], **options)\n"
+        "assert not any(info.values()), info\n"
+        f"torch.save(model(torch.tensor({IDS.tolist()})).logits, sys.argv[2])\n"
+        "model.save_pretrained(sys.argv[3])\n"
+    )
+    arguments = [str(directory), str(tmp_path / "logits.pt"), str(tmp_path / "saved")]
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(REPOSITORY)}
+    subprocess.run([sys.executable, "-c", program, *arguments], check=True, env=environment)
+    assert torch.equal(torch.load(arguments[1]).double(), logits(load(directory, dtype=torch.float32)))
+    saved = json.loads((tmp_path / "saved/config.json").read_text())
+    assert saved["architectures"] == json.loads((directory / "config.json").read_text())["architectures"]
 
 
 def test_registering_twice_is_harmless():
