@@ -49,6 +49,8 @@ def linear(
 ) -> torch.Tensor:
     """y = x W^T + bias: [..., K] of float16, bfloat16 or float32 -> [..., N] of the same dtype."""
     check_mode(mode, bits)
+    if x.shape[-1] != in_features:
+        raise ValueError(f"the activation has {x.shape[-1]} columns, the weight takes {in_features}")
     arguments = (x, codes, norms, table, bias, bits, block_size, in_features, mode)
     if x.is_cuda:
         return _gpu().linear(*arguments, pick(x.numel() // in_features, mode))

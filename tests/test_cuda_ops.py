@@ -72,6 +72,11 @@ def test_int8_serves_more_rows_before_it_dequantizes():
     assert (ops.pick(64, "exact"), ops.pick(64, "int8")) == ("dequantize", "gemm")
 
 
+def test_activation_of_another_width_is_refused(weight):
+    with pytest.raises(ValueError, match="the activation has 128 columns, the weight takes 150"):
+        torch.ops.hlwq.linear(torch.randn(1, 128, device=DEVICE), *weight, None, BITS, BLOCK, WIDTH, "exact")
+
+
 def test_unknown_mode_is_refused(weight):
     with pytest.raises(ValueError, match="mode is 'fast'; the modes are exact, int8"):
         torch.ops.hlwq.linear(torch.randn(1, WIDTH, device=DEVICE), *weight, None, BITS, BLOCK, WIDTH, "fast")
