@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -68,14 +68,17 @@ class Moments:
 
     def rotated(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both moments per token in the rotated basis, float32 [Kp, Kp]."""
+        import torch
+
         quantized, cross = (
-            feedback.rotate_both(total / self.tokens, block_size) for total in (self.quantized, self.cross)
+            feedback.rotate_both(torch.as_tensor(total / self.tokens), block_size)
+            for total in (self.quantized, self.cross)
         )
         return quantized, cross
 
 
 def calibrate(
-    model: nn.Module,
+    model: Any,
     windows: np.ndarray,
     spec_of: SpecOf,
     store: CodeStore,
@@ -125,7 +128,7 @@ def calibrate(
     return outcome
 
 
-def _quantize_embedding(embedding: nn.Module, spec_of: SpecOf) -> None:
+def _quantize_embedding(embedding: nn.Embedding, spec_of: SpecOf) -> None:
     weight = _values(embedding.weight)
     spec = spec_of(row_digests(weight[:1]))
     if spec is not None:

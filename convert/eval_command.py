@@ -137,10 +137,10 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 def _pyplot():
     try:
-        import matplotlib
+        import matplotlib  # pyright: ignore[reportMissingImports]
 
         matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib import pyplot  # pyright: ignore[reportMissingImports]
     except ImportError:
         raise ConvertError("--plot needs matplotlib: pip install matplotlib") from None
     return pyplot

@@ -184,7 +184,7 @@ def load_transformers(directory: Path, dtype: Any) -> Any:
     if not is_hlwq(directory):
         return AutoModelForCausalLM.from_pretrained(directory, dtype=dtype).eval()
     checkpoint = Checkpoint.open(directory)
-    config = AutoConfig.from_pretrained(directory)
+    config: Any = AutoConfig.from_pretrained(directory)
     del config.quantization_config
     state = {}
     for module in checkpoint.quantization.modules:
@@ -192,5 +192,5 @@ def load_transformers(directory: Path, dtype: Any) -> Any:
     for name in checkpoint.tensors:
         if name not in state and not name.endswith((".weight_codes", ".weight_norms")):
             state[name] = torch.from_numpy(checkpoint.tensor(name).astype(np.float32)).to(dtype)
-    model_class = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()

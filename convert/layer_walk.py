@@ -55,7 +55,7 @@ class Call:
         return Call(_move(self.args, device), _move(self.kwargs, device))
 
 
-def decoder_layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: Any) -> nn.ModuleList:
     """The list of decoder layers: the longest ModuleList of the text model."""
     decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
     from torch.nn import ModuleList
@@ -66,7 +66,7 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     return max(lists, key=len)
 
 
-def show_experts(model: nn.Module) -> None:
+def show_experts(model: Any) -> None:
     """Make every expert a `linear` of its own, where transformers has a choice."""
     if hasattr(model, "set_experts_implementation"):
         model.set_experts_implementation("eager")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def measure(
-    model: nn.Module,
+    model: Any,
     windows: np.ndarray,
     group_of: Callable[[np.ndarray], tuple[str, ModuleSpec] | None],
     progress: Callable[[int], object] = lambda groups: None,
