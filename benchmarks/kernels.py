@@ -126,7 +126,8 @@ def _cell(records: list[dict], n: int, k: int, m: int, name: str) -> str:
         return record["error"].split(":")[0].split(" (")[0]
     base = at_shape.get("bf16 cuBLAS", {}).get("us")
     ratio = f"; {base / record['us']:.2f}x" if base else ""
-    return f"{record['us']:.2f} ± {record['spread_us']:.2f} ({record['share']:.0%}{ratio})"
+    spread = f" ± {record['spread_us']:.2f}" if "spread_us" in record else ""
+    return f"{record['us']:.2f}{spread} ({record['share']:.0%}{ratio})"
 
 
 def _version(name: str) -> str | None:
