@@ -17,9 +17,9 @@ _ENCODED_ROWS = 4096  # at a time: bounds the temporary memory
 TOLERANCE = {2: 0.45, 3: 0.25, 4: 0.13, 5: 0.07, 6: 0.05, 8: 0.03}  # a third above the error of the codebook
 
 
-def hadamard(size: int) -> torch.Tensor:
+def hadamard(size: int, device: torch.device) -> torch.Tensor:
     """H_B, float32 [B, B]."""
-    matrix = torch.ones(1, 1, device="cuda")
+    matrix = torch.ones(1, 1, device=device)
     while len(matrix) < size:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
     return matrix * size**-0.5
@@ -31,7 +31,7 @@ def encode(weight: torch.Tensor, bits: int, block_size: int) -> tuple[torch.Tens
     edges = (table[1:] + table[:-1]) / 2
     codes, norms = [], []
     for rows in weight.split(_ENCODED_ROWS):
-        rotated = rows.float().view(len(rows), -1, block_size) @ hadamard(block_size)
+        rotated = rows.float().view(len(rows), -1, block_size) @ hadamard(block_size, rows.device)
         norm = rotated.norm(dim=-1)
         normal = rotated * (block_size**0.5 / norm)[..., None]
         codes.append(torch.bucketize(normal, edges).to(torch.uint8).view(len(rows), -1))

@@ -102,7 +102,7 @@ def reference_project(weight: torch.Tensor, x: torch.Tensor) -> Entry:
     codes, norms = encode(weight, 4, 128)
     packed = pack_codes_int4(codes, 128)
     table = torch.tensor(codebook(4), device="cuda") / 128**0.5
-    rotated = (x.float().view(len(x), -1, 128) @ hadamard(128)).view(len(x), k)
+    rotated = (x.float().view(len(x), -1, 128) @ hadamard(128, x.device)).view(len(x), k)
     size = packed.nbytes + norms.nbytes
     copies = [(packed.clone(), norms.clone()) for _ in range(copies_for(size))]
 
