@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -109,3 +111,18 @@ def test_ops_are_captured_in_a_graph(weight, mode: str):
         torch.testing.assert_close(
             out, expected, rtol=0, atol=float(expected.abs().max()) * (2e-3 if mode == "exact" else 2e-2)
         )
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="on a GPU the ops themselves take this path")
+@pytest.mark.parametrize(("rows", "mode"), [(1, "exact"), (1, "int8"), (3, "exact")])
+def test_gpu_body_in_the_interpreter(weight, monkeypatch, rows: int, mode: str):
+    """gpu.linear puts its kernels together: rotation, choice, product; without inline assembly."""
+    gpu = pytest.importorskip("hlwq_cuda.gpu")
+    monkeypatch.setattr(gpu, "has_gluon", lambda version: False)
+    monkeypatch.setattr(gpu.gemv_kernels, "gemv", partial(gpu.gemv_kernels.gemv, ptx=False))
+    x, bias = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)), torch.randn(ROWS)
+    arguments = (x, *weight, bias, BITS, BLOCK, WIDTH, mode)
+    out = gpu.linear(*arguments, ops.pick(rows, mode))
+    expected = plain.linear(*arguments)
+    # fp16 products by cuBLAS's stand-in for three rows; for one row the same numbers in another order
+    torch.testing.assert_close(out, expected, rtol=0, atol=float(expected.abs().max()) * (2e-3 if rows > 1 else 1e-5))

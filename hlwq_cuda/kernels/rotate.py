@@ -91,7 +91,16 @@ def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dic
     each = _blocks_a_program(rows * blocks)
     grid = (rows, triton.cdiv(blocks, each))
     quantize_activation_kernel[grid](
-        x.contiguous(), *out, K=size, B=block_size, BLOCKS=each, MODE=mode, num_warps=1, **launch
+        x.contiguous(),
+        out.values,
+        out.scales,
+        out.half_sums,
+        K=size,
+        B=block_size,
+        BLOCKS=each,
+        MODE=mode,
+        num_warps=1,
+        **launch,
     )
     return out
 
