@@ -1,6 +1,6 @@
 """Which way of decoding is fastest on this Mac: measured by `python -m hlwq_mlx tune`, remembered per GPU.
 
-Without a measurement arithmetic is used where a polynomial fits the codebook.
+Without a measurement the first of `ways` is used.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """How the kernels turn a code into its centroid: chosen per codebook, handed to the kernels as literals.
 
-The table of config.json is the truth. A polynomial is fitted to it; where the fit is poor the kernels look it up.
+The table of config.json is the truth: the kernels look it up in threadgroup memory, or use a polynomial fitted to it
+where the fit is good.
 Squared error that a polynomial adds on Lloyd-Max tables, in percent of the quantization error: 2 bits degree 3 none;
 3 bits degree 3 .30, degree 5 .001; 4 bits degree 5 .33, degree 7 .015; 5 bits degree 7 .64; 6 and 8 need a table.
 """
@@ -62,11 +63,12 @@ class Polynomial:
 def ways(codebook: tuple[float, ...]) -> tuple[Way, ...]:
     """The ways that serve this codebook, the one preferred without a measurement first.
 
-    Arithmetic first: others measured it at the time of MLX's affine kernel on Apple GPUs, and tables in threadgroup
-    memory between equal and 1.6 times slower (docs/metal.md).
+    The table first: it is exact, and benchmarks/apple_model.py counts fewest operations for it (4 bits: 3.9 a weight,
+    a polynomial 5.9, MLX's affine kernel 4.5). Others measured such a table at the time of an affine kernel on an M4,
+    and a cubic by arithmetic at .985 of it; `python -m hlwq_mlx tune` decides.
     """
-    found = [Way.POLYNOMIAL] if polynomial(codebook) else []
-    return (*found, Way.PAIRS) if len(codebook) == 16 else (*found, Way.TABLE)
+    found = [Way.TABLE] + ([Way.POLYNOMIAL] if polynomial(codebook) else [])
+    return (*found, Way.PAIRS) if len(codebook) == 16 else tuple(found)
 
 
 @cache
