@@ -15,7 +15,7 @@ FILE_NAME = "hlwq_model.py"
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("convert", "hlwq_mlx")
 # of `convert`, what hlwq_mlx imports; of hlwq_mlx, all but what belongs to an installation
-CONVERT_FILES = ("convert/__init__.py", "convert/format.py")
+CONVERT_FILES = ("convert/__init__.py", "convert/codebook.py", "convert/format.py")
 LEFT_OUT = ("finder.py", "__main__.py")
 SUFFIXES = (".py", ".metal", ".h", ".cu", ".cuh")
 _OWN_IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PACKAGES)})\b", re.MULTILINE)

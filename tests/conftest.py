@@ -7,4 +7,4 @@ import os
 # the models are tiny: threads that wait for each other cost more than they do, above all beside other test processes
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import tests.triton_device  # noqa: E402, F401  (without a GPU: switches Triton's interpreter on)
+import tests.triton_device  # noqa: F401  (without a GPU: switches Triton's interpreter on)

