@@ -52,6 +52,9 @@ def main(argv: list[str] | None = None) -> int:
         return run(parser().parse_args(arguments))
     except (ConvertError, FormatError) as error:
         return _fail(str(error))
+    except BrokenPipeError:  # whatever reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it closes
+        return 0
     except OSError as error:
         place = f"{error.filename}: " if error.filename else ""
         return _fail(f"{place}{error.strerror or error}")

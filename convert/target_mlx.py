@@ -51,7 +51,8 @@ class MlxTarget:
         self._config = read_config(directory)
         self._infos = read_tensors(directory)
         self._mlx = _Architecture(directory, self._config, self._infos)
-        self.tensors: Sequence[OutputTensor] = [self._describe(name) for name in self._mlx.tensors]
+        names = sorted(self._mlx.tensors, key=_natural_order)  # MLX keeps none, and a resumed run must have the same
+        self.tensors: Sequence[OutputTensor] = [self._describe(name) for name in names]
 
     def read(self, tensor: OutputTensor, rows: slice) -> np.ndarray:
         """A range of the tensor's first axis."""
@@ -277,6 +278,11 @@ def _recording_stacks(core: Any, recorded: _Recorded) -> Iterator[None]:
         yield
     finally:
         core.stack = original
+
+
+def _natural_order(name: str) -> list[tuple]:
+    """Layer 2 before layer 10."""
+    return [(True, int(part)) if part.isdigit() else (False, part) for part in name.split(".")]
 
 
 def _import_mlx() -> tuple[Any, Any, Any, Any]:

@@ -17,7 +17,7 @@ def main(argv: list[str] | None = None) -> int:
     commands.add_parser("tune", help="time the ways of decoding on this Mac and remember the fastest")
     arguments = parser.parse_args(argv)
     device = mx.device_info().get("device_name", "unknown GPU")
-    print(f"MLX {importlib.metadata.version('mlx')}, {device}")
+    print(f"MLX {importlib.metadata.version('mlx')}, {device}", flush=True)
     try:
         return {"selfcheck": _selfcheck, "tune": _tune}[arguments.command]()
     except (RuntimeError, ValueError) as error:
@@ -33,7 +33,7 @@ def _selfcheck() -> int:
         failed += not result.passed
         speed = "" if result.gigabytes_per_second is None else f"{result.gigabytes_per_second:8.1f} GB/s"
         verdict = "pass" if result.passed else f"FAIL, {result.error:.3g} times the bound"
-        print(f"{result.name:44} {speed or verdict}", flush=True)
+        print(f"{result.name:44} {verdict}{speed}", flush=True)
     print(f"{failed} checks failed" if failed else "all checks passed")
     return 1 if failed else 0
 
