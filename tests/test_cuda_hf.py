@@ -137,7 +137,8 @@ def test_gradients_reach_what_lies_below(root: Path):
 
 
 def test_adapters_train_on_top(root: Path):
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = load(converted("qwen3", root), dtype=torch.float32)
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "up_proj"], lora_dropout=0.0)
     adapted = peft.get_peft_model(model, hlwq_cuda.enable_lora(config))
