@@ -25,6 +25,12 @@ def weight():
     return tuple(tensor.to(DEVICE) for tensor in (codes, norms, make_table(codebook(BITS), BITS)))
 
 
+@pytest.fixture(autouse=True)
+def seed():
+    """The same activations in every run: bounds on single elements fail for a few draws in thousands."""
+    torch.manual_seed(0)
+
+
 def test_ops_keep_the_rules_of_torch_library(weight):
     x = torch.randn(2, 3, WIDTH, requires_grad=True, device=DEVICE)
     bias = torch.randn(ROWS, device=DEVICE)
