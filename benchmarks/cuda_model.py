@@ -91,7 +91,7 @@ def instructions(m: int, mode: str, card: Card) -> tuple[float, float]:
     launch = {"PDL": card.capability >= 90}
     if m == 1:
         recorder = Recorder(gemv_gluon, "gemv_gluon_kernel")
-        config = gemv.pick(N, K // 32, mode, card.processors, gluon=True)
+        config = gemv.pick(N, K // 32, True, card.processors)
         with recorder:
             gemv.gemv(activation, *weight, config, launch)
         outputs, lanes = config.rows, 32 * config.warps

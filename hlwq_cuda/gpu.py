@@ -70,7 +70,7 @@ def gemm(activation, codes, norms, table, bias, out, bits, block_size, mode, lau
 def gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, launch) -> None:
     """One rotated row times the weight, into out [N]; the fused decode step calls this."""
     units = norms.shape[-1] * block_size // (CHUNK if bits < 8 else CHUNK // 2)
-    config = gemv_kernels.pick(len(codes), units, mode, multiprocessors(out.device), has_gluon(triton.__version__))
+    config = gemv_kernels.pick(len(codes), units, has_gluon(triton.__version__), multiprocessors(out.device))
     gemv_kernels.gemv(activation, codes, norms, table, bias, out, bits, block_size, mode, config, launch)
 
 

@@ -22,7 +22,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from hlwq_cuda.kernels.dot import KINDS
-from hlwq_cuda.kernels.gemv import gemv_kernel
+from hlwq_cuda.kernels.gemv import AHEAD, gemv_kernel
 from hlwq_cuda.kernels.gemv_gluon import gemv_gluon_kernel
 
 CAPABILITIES = (80, 86, 89, 90, 100, 120)
@@ -54,6 +54,7 @@ def compile_gemv(capability: int, bits: int, mode: str, gluon: bool, units: int 
         "HAS_BIAS": True,
         "NORMED": True,
         "PTX": True,
+        "AHEAD": AHEAD[mode],
     }
     values |= {"PDL": capability >= 90, "num_warps": units // 32}
     names = kernel.arg_names

@@ -132,16 +132,11 @@ def test_output_dtypes(dtype: torch.dtype, body: str):
 def test_configurations():
     for rows, units in ((4096, 128), (24576, 128), (151936, 128), (1024, 128), (2048, 256), (7, 3), (131, 1000)):
         for processors in (20, 108, 132, 170):
-            for mode in ("exact", "int8"):
-                config = gemv.pick(rows, units, mode, processors, gluon=True)
-                lanes = (config.units // 32, max(1, config.units // 64))
-                assert config.units in (32, 64, 128) and config.warps in lanes
-                assert config.rows in (2, 4, 8)
-    assert gemv.pick(24576, 128, "exact", 132, True) == gemv.Config(8, 128, 2, True)
-    assert gemv.pick(24576, 128, "int8", 132, True) == gemv.Config(4, 64, 2, True)
-    assert gemv.pick(4096, 128, "exact", 132, True) == gemv.Config(4, 128, 2, True)
-    assert gemv.pick(4096, 384, "int8", 132, True) == gemv.Config(4, 128, 4, True)
-    # 160 = 5 x 32: larger steps would idle a third of the lanes
-    assert gemv.pick(4096, 160, "int8", 132, True).units == 32
+            config = gemv.pick(rows, units, gluon=True, processors=processors)
+            assert config.units in (32, 64, 128) and config.warps == config.units // 32
+            assert config.rows in (2, 4)
+    assert gemv.pick(24576, 128, True, 132) == gemv.pick(4096, 384, True, 132) == gemv.Config(4, 64, 2, True)
+    # 160 = 5 x 32: larger steps would idle a part of the lanes
+    assert gemv.pick(4096, 160, True, 132).units == 32
     # small N: more thread blocks and warps
-    assert gemv.pick(1024, 128, "int8", 132, True) == gemv.Config(2, 128, 4, True)
+    assert gemv.pick(1024, 128, True, 132) == gemv.Config(2, 128, 4, True)

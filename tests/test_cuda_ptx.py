@@ -84,7 +84,7 @@ def test_instruction_counts_are_as_documented():
 
 @pytest.mark.parametrize(("bits", "mode"), MODES)
 def test_dot_product_of_a_unit(bits: int, mode: str):
-    """The whole text of dot.py: operands in the order that its docstring promises, and the sum in element 0."""
+    """Both texts of dot.py: operands in the order that its docstring promises, and the sum in element 0."""
     codes = units_with_every_code(bits)
     state = registers(bits, mode, codes)
     facts = dot.describe(bits, mode)
@@ -100,17 +100,27 @@ def test_dot_product_of_a_unit(bits: int, mode: str):
         products = np.array(codebook(bits)).astype(np.float16).astype(np.float64)[codes] * x
         expected, tolerance = products.sum(-1), 2**-10 * np.abs(products).sum(-1)  # sums of eight in fp16
 
-    words = np.ascontiguousarray(x).view(np.uint32)
     operands = [state[f"q{i}"] for i in range(facts.width)]
     for i in range(facts.second):
         operands += [state[f"r{i}"]] * facts.width
-    operands += [words[..., m] for m in range(facts.activations)]
+    loads = []  # the address of the table; the simulator has no memory, and the lanes are in `state`
+    if not facts.table_words:
+        loads = decode.load_lanes(bits, f"${facts.activations + len(operands)}")
+        operands += [np.zeros_like(operands[0])] * facts.width
     for i in range(facts.table_words):
         operands += [state[f"t{i}"]] * facts.width
-    address = [] if facts.table_words else [np.zeros_like(operands[0])] * facts.width
-    assert len(facts.constraints.split(",")) == facts.width + len(operands) + len(address)
+    after = run_text(facts.decoder, facts.activations, operands, state, loads)
+    entries = [after[f"${i}"] for i in range(facts.activations)]
 
-    loads = decode.load_lanes(bits, f"${facts.width + len(operands)}") if address else []  # lanes are in `state`
-    text = [line for line in facts.asm.strip("{}\n").splitlines() if line not in loads]
-    after = ptx_simulator.run(text, state | {f"${facts.width + i}": word for i, word in enumerate(operands)})
+    words = np.ascontiguousarray(x).view(np.uint32)
+    activations = [words[..., m] for m in range(facts.activations)]
+    after = run_text(facts.product, facts.width, entries + activations, {}, [])
     assert (np.abs(after["$0"].view(np.float32) - expected) <= tolerance).all()
+
+
+def run_text(text: tuple[str, str], results: int, operands: list, state: dict, left_out: list[str]) -> dict:
+    """Run (PTX, constraints) of dot.py, whose operands follow `results` outputs."""
+    asm, constraints = text
+    assert len(constraints.split(",")) == results + len(operands)
+    lines = [line for line in asm.strip("{}\n").splitlines() if line not in left_out]
+    return ptx_simulator.run(lines, state | {f"${results + i}": word for i, word in enumerate(operands)})

@@ -21,7 +21,7 @@ import triton.language as tl
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
-SHORT_CACHE = 2048  # tokens; smaller tiles of keys there, since a split has few
+TILE, TILE_ELEMENTS = 128, 128 * 128  # keys that a program loads at a time: a whole split of a cache of 1024 tokens
 _FAR_BELOW = tl.constexpr(-1e30)  # stands for -infinity: differences of two stay finite
 
 
@@ -233,9 +233,9 @@ def attention(
         D_POW2=triton.next_power_of_2(head_dim),
         GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
         SPLITS=splits,
-        TILE=32 if length <= SHORT_CACHE else 64,
+        TILE=max(16, min(TILE, TILE_ELEMENTS // triton.next_power_of_2(head_dim))),
         QK_NORM=gains is not None,
-        num_warps=4,
+        num_warps=8,
         **launch,
     )
 

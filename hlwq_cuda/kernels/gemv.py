@@ -32,25 +32,20 @@ class Config(NamedTuple):
     gluon: bool  # the body with explicit layouts
 
 
+AHEAD = {"int8": 2, "exact": 1}  # steps whose weights a thread loads ahead; fp16 entries leave fewer registers
 IDLE_LANES = 1.1  # work over useful work that a step size may cost in its last step
 
 
-def pick(rows: int, units: int, mode: str, processors: int, gluon: bool) -> Config:
+def pick(rows: int, units: int, gluon: bool, processors: int) -> Config:
     """A configuration for N = `rows` outputs and `units` units a row, on a GPU of so many multiprocessors.
 
-    From sweeps on an H200 (docs/measurements.md). exact: a lane takes two units a step, and the outputs of a thread
-    block share their activations. int8 decodes faster and is bound by loads in flight: one unit a lane, in more thread
-    blocks; so measured inside the step of an 8B model, where the best alone is not always the best. Where N is too
-    small to fill the GPU, more warps along K and fewer outputs do.
+    From sweeps inside the step of an 8B model (docs/measurements.md): 4 outputs share their activations, and two warps
+    a thread block, a unit a lane, leave the weights of a whole row of K = 4096 in registers before the wait. Where N is
+    too small to fill the GPU, more warps along K and fewer outputs do.
     """
-    step = next((size for size in (128, 64) if -(-units // size) * size <= IDLE_LANES * units), 32)
-    if mode == "int8" and rows >= 24 * processors:
-        step = min(step, 64) if rows >= 40 * processors else step
-        return Config(4, step, step // 32, gluon)
-    if rows >= 128 * processors:
-        return Config(8, step, max(1, step // 64), gluon)
     if rows >= 24 * processors:
-        return Config(4, step, max(1, step // 64), gluon)
+        step = next((size for size in (64, 32) if -(-units // size) * size <= IDLE_LANES * units), 32)
+        return Config(4, step, step // 32, gluon)
     step = min(128, max(32, triton.next_power_of_2(units)))
     return Config(4 if rows >= 12 * processors else 2, step, step // 32, gluon)
 
@@ -63,6 +58,12 @@ _DOT = tl.constexpr({(bits, mode): dot.describe(bits, mode) for bits, mode in do
 def dot_of(bits, mode):
     """The Dot of dot.py."""
     return _DOT.value[bits, mode]
+
+
+@triton.constexpr_function
+def min_of(a, b):
+    """The smaller one."""
+    return min(a, b)
 
 
 @triton.constexpr_function
@@ -134,6 +135,8 @@ def _dot_ptx(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.co
     second_words: tl.constexpr = dot.second
     table_words: tl.constexpr = dot.table_words
     tensors: tl.constexpr = dot.activations // dot.width
+    decoder: tl.constexpr = dot.decoder
+    product: tl.constexpr = dot.product
     e = tl.arange(0, width)[None, None, :]
     ok = inside[None, :, None]
     base = codes + row[:, None, None] * (KP * BITS // 32)
@@ -141,14 +144,20 @@ def _dot_ptx(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.co
     for word in tl.static_range(second_words):
         second = base + (KP // dot.codes) * width + (u * second_words + word)[None, :, None] + 0 * e
         operands = operands + (tl.load(second, mask=ok, other=0),)
-    for tensor in tl.static_range(tensors):
-        words = u[None, :, None] * dot.activations + tensor * width + e
-        operands = operands + (tl.load(values + words, mask=ok, other=0),)
     for word in tl.static_range(table_words):
         operands = operands + (tl.load(table + dot.table_start + word),)
     if table_words == 0:
         operands = operands + (table.to(tl.int64),)
-    sums = tl.inline_asm_elementwise(dot.asm, dot.constraints, operands, dtype=tl.float32, is_pure=True, pack=width)
+    entries = tl.inline_asm_elementwise(
+        decoder[0], decoder[1], operands, dtype=(tl.int32,) * tensors, is_pure=True, pack=width
+    )
+    activations = ()
+    for tensor in tl.static_range(tensors):
+        words = u[None, :, None] * dot.activations + tensor * width + e
+        activations = activations + (tl.load(values + words, mask=ok, other=0),)
+    sums = tl.inline_asm_elementwise(
+        product[0], product[1], entries + activations, dtype=tl.float32, is_pure=True, pack=width
+    )
     if width == 4:
         sums, _ = tl.split(tl.reshape(sums, [sums.shape[0], sums.shape[1], 2, 2]))
     sums, _ = tl.split(sums)
@@ -196,6 +205,6 @@ def gemv(
     if config.gluon:
         from hlwq_cuda.kernels.gemv_gluon import gemv_gluon_kernel
 
-        gemv_gluon_kernel[grid](*arguments, **shape, **cut, **launch)
+        gemv_gluon_kernel[grid](*arguments, **shape, **cut, AHEAD=AHEAD[mode], **launch)
     else:
         gemv_kernel[grid](*arguments, **shape, **cut, PTX=ptx, **launch)

@@ -3,8 +3,9 @@
 What it does otherwise; together the plain body takes 1.4 to 2.7 times as long alone on an H200 (docs/measurements.md):
 - a lane keeps the sums of its own units, and loads norms and scales in that layout: nothing passes through shared
   memory before the last reduction;
-- the first weights and norms are loaded before the wait of programmatic dependent launch, on which they do not depend,
-  and those of the next step before the arithmetic of this one, so that a thread has 4 to 8 loads of 16 bytes in flight.
+- the first weights are loaded and decoded before the wait of programmatic dependent launch, on which they do not
+  depend, and those of a later step before the arithmetic of this one: a thread has 4 to 8 loads of 16 bytes in flight,
+  and what follows the wait are the activations, their products and the sum.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from hlwq_cuda.kernels.gemv import dot_of, next_power_of_2
+from hlwq_cuda.kernels.gemv import dot_of, min_of, next_power_of_2
 
 
 @gluon.jit
@@ -26,6 +27,22 @@ def _allow_next_kernel(PDL: gl.constexpr):
     if PDL:
         asm: gl.constexpr = "griddepcontrol.launch_dependents; // $0"
         gl.inline_asm_elementwise(asm, "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _need_here(entries, at, never):
+    """Keep the computation of `entries`, a tuple of int32 [ROWS, UNITS, W], before this place.
+
+    The assembler would move it to where the results are used, behind the wait. A branch that is never taken needs every
+    element: it stores them, at pointers int32* [ROWS, UNITS]. never: int32, not negative.
+    """
+    if never < 0:
+        cube: gl.constexpr = entries[0].type.layout
+        width: gl.constexpr = entries[0].shape[2]
+        e = gl.arange(0, width, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube)))
+        pointers = gl.expand_dims(at, 2) + gl.expand_dims(gl.expand_dims(e, 0), 1)
+        for tensor in gl.static_range(len(entries)):
+            gl.store(pointers + tensor * width, entries[tensor])
 
 
 @gluon.jit
@@ -67,28 +84,41 @@ def _load_weights(codes, norms, row, u, KP: gl.constexpr, B: gl.constexpr, BITS:
 
 
 @gluon.jit
-def _dot(weights, values, table, u, KP: gl.constexpr, BITS: gl.constexpr, MODE: gl.constexpr):
-    """Every unit against its activations: [ROWS, UNITS]. table: what dot.py takes, each word as a tensor."""
+def _decode(weights, table, BITS: gl.constexpr, MODE: gl.constexpr):
+    """Loaded weights as entries (dot.py): a tuple of int32 [ROWS, UNITS, W]. table: its words, each as a tensor."""
     dot: gl.constexpr = dot_of(BITS, MODE)
-    width: gl.constexpr = dot.width
+    decoder: gl.constexpr = dot.decoder
+    count: gl.constexpr = dot.activations // dot.width
     second_words: gl.constexpr = dot.second
+    operands = (weights[1],)
+    for word in gl.static_range(second_words):
+        operands = operands + (gl.expand_dims(weights[2 + word], 2),)
+    return gl.inline_asm_elementwise(
+        decoder[0], decoder[1], operands + table, dtype=(gl.int32,) * count, is_pure=True, pack=dot.width
+    )
+
+
+@gluon.jit
+def _multiply(entries, values, u, KP: gl.constexpr, BITS: gl.constexpr, MODE: gl.constexpr):
+    """Entries of every unit against its activations: [ROWS, UNITS]."""
+    dot: gl.constexpr = dot_of(BITS, MODE)
+    product: gl.constexpr = dot.product
+    width: gl.constexpr = dot.width
     tensors: gl.constexpr = dot.activations // dot.width
     per_row: gl.constexpr = KP // dot.codes
     pair: gl.constexpr = u.type.layout
     cube: gl.constexpr = pair.parent
     e = gl.arange(0, width, layout=gl.SliceLayout(0, gl.SliceLayout(1, cube)))
     e = gl.expand_dims(gl.expand_dims(e, 0), 1)
-    operands = (weights[1],)
-    for word in gl.static_range(second_words):
-        operands = operands + (gl.expand_dims(weights[2 + word], 2),)
+    activations = ()
     for tensor in gl.static_range(tensors):
         pointer = values + (gl.expand_dims(u * dot.activations + tensor * width, 2) + e)
         if per_row % u.shape[1] == 0:
-            operands = operands + (gl.load(pointer),)
+            activations = activations + (gl.load(pointer),)
         else:
-            operands = operands + (gl.load(pointer, mask=gl.expand_dims(u < per_row, 2) & (e >= 0), other=0),)
+            activations = activations + (gl.load(pointer, mask=gl.expand_dims(u < per_row, 2) & (e >= 0), other=0),)
     sums = gl.inline_asm_elementwise(
-        dot.asm, dot.constraints, operands + table, dtype=gl.float32, is_pure=True, pack=width
+        product[0], product[1], entries + activations, dtype=gl.float32, is_pure=True, pack=width
     )
     rows: gl.constexpr = sums.shape[0]
     if width == 4:
@@ -119,6 +149,7 @@ def gemv_gluon_kernel(
     HAS_BIAS: gl.constexpr,
     NORMED: gl.constexpr,
     PDL: gl.constexpr,
+    AHEAD: gl.constexpr,
     num_warps: gl.constexpr,
 ):
     _allow_next_kernel(PDL)
@@ -131,31 +162,38 @@ def gemv_gluon_kernel(
     row = gl.expand_dims(gl.minimum(row, N - 1).to(gl.int64), 1)
     lane = gl.expand_dims(gl.arange(0, UNITS, layout=gl.SliceLayout(0, pair)), 0)
 
-    weights = _load_weights(codes, norms, row, lane, KP, B, BITS, MODE)
+    steps: gl.constexpr = (per_row + UNITS - 1) // UNITS
+    loaded = ()
+    for step in gl.static_range(min_of(AHEAD, steps)):
+        loaded = loaded + (_load_weights(codes, norms, row, lane + step * UNITS, KP, B, BITS, MODE),)
     words = ()
     for word in gl.static_range(table_words):
         scalar = gl.load(table + (dot.table_start + word + _lane_zero()))
         words = words + (gl.full([ROWS, UNITS, dot.width], scalar, gl.int32, layout=cube),)
     if table_words == 0:
         words = words + (gl.full([ROWS, UNITS, dot.width], table.to(gl.int64), gl.int64, layout=cube),)
+    entries = _decode(loaded[0], words, BITS, MODE)
+    if PDL:
+        anywhere = out.to(gl.pointer_type(gl.int32)) + (row * UNITS + lane) * dot.activations
+        _need_here(entries, anywhere, N)
     _wait_for_previous_kernel(PDL)
 
     if NORMED:
         every = gl.arange(0, next_power_of_2(KP // B), layout=gl.BlockedLayout([1], [32], [num_warps], [0]))
         squares = gl.load(mean_squares + every, mask=every < KP // B, other=0.0)
     acc = gl.zeros([ROWS, UNITS], gl.float32, layout=pair)
-    for first in gl.static_range(0, per_row, UNITS):
-        u = first + lane
-        if first + UNITS < per_row:
-            following = _load_weights(codes, norms, row, u + UNITS, KP, B, BITS, MODE)
-        sums = _dot(weights, values, words, u, KP, BITS, MODE)
+    for step in gl.static_range(steps):
+        u = step * UNITS + lane
+        if step + AHEAD < steps:
+            loaded = loaded + (_load_weights(codes, norms, row, u + AHEAD * UNITS, KP, B, BITS, MODE),)
+        sums = _multiply(entries, values, u, KP, BITS, MODE)
         inside = u < per_row
         if MODE == "int8" and BITS >= 4:
             sums += gl.load(half_sums + u, mask=inside, other=0.0)
         scale = gl.load(scales + u * dot.codes // B, mask=inside, other=0.0)
-        acc += sums * (weights[0].to(gl.float32) * scale)
-        if first + UNITS < per_row:
-            weights = following
+        acc += sums * (loaded[step][0].to(gl.float32) * scale)
+        if step + 1 < steps:
+            entries = _decode(loaded[step + 1], words, BITS, MODE)
 
     y = gl.sum(acc, 1)
     row = gl.program_id(0) * ROWS + gl.arange(0, ROWS, layout=y.type.layout)
