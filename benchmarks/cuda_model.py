@@ -130,6 +130,7 @@ class Recorder:
         from triton.backends.compiler import GPUTarget
         from triton.compiler import ASTSource
         from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
+        from triton.tools.tensor_descriptor import TensorDescriptor
 
         constexprs = {p.name for p in self.kernel.params if p.is_constexpr}
         signature, constants, attributes = {}, {}, {}
@@ -138,17 +139,26 @@ class Recorder:
             if name in constexprs:
                 signature[name], constants[(position,)] = "constexpr", value
                 continue
+            if isinstance(value, TensorDescriptor):
+                signature[name] = f"tensordesc<{_TYPES[str(value.base.dtype)]}{list(value.block_shape)}>"
+                continue
             signature[name] = _SCALARS.get(type(value)) or "*" + _TYPES[str(value.dtype)]
             if type(value) not in _SCALARS or (isinstance(value, int) and value % 16 == 0):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         make = GluonASTSource if isinstance(self.kernel, GluonJITFunction) else ASTSource
         source = make(self.kernel, signature, constants, attributes)
-        options = {"num_warps": self.arguments.get("num_warps", 4)}
+        options = {name: self.arguments[name] for name in ("num_warps", "num_stages") if name in self.arguments}
         return triton.compile(source, GPUTarget("cuda", capability, 32), options).asm["cubin"]
 
 
 _SCALARS = {int: "i32", float: "fp32"}
-_TYPES = {"torch.int32": "i32", "torch.float16": "fp16", "torch.bfloat16": "bf16", "torch.float32": "fp32"}
+_TYPES = {
+    "torch.int8": "i8",
+    "torch.int32": "i32",
+    "torch.float16": "fp16",
+    "torch.bfloat16": "bf16",
+    "torch.float32": "fp32",
+}
 
 
 def disassemble(cubin: bytes) -> list[str]:

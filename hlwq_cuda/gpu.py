@@ -14,7 +14,7 @@ from hlwq_cuda.kernels import dequantize as dequantize_kernels
 from hlwq_cuda.kernels import embedding as embedding_kernels
 from hlwq_cuda.kernels import gemm as gemm_kernels
 from hlwq_cuda.kernels import gemv as gemv_kernels
-from hlwq_cuda.kernels import prefill
+from hlwq_cuda.kernels import prefill, prefill_int8
 from hlwq_cuda.kernels import rotate as rotate_kernels
 from hlwq_cuda.kernels.layout import CHUNK
 
@@ -51,6 +51,9 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
     if kernel == "dequantize" or (kernel == "gemm" and not has_gluon(triton.__version__)):
         rotated = rotate_kernels.rotate(rows, block_size, launch)
         prefill.multiply(rotated, *weight, out, bits, block_size)
+    elif kernel == "prefill_int8":
+        tile = prefill_int8.pick(len(rows), torch.cuda.get_device_capability(x.device))
+        prefill_int8.multiply(rows, *weight, out, bits, block_size, tile, launch)
     else:
         activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)
         if kernel == "gemv":

@@ -5,7 +5,8 @@ Shared arguments, for a weight of N outputs and K inputs, Kp = K padded to whole
     codes       int32 [N, Kp * bits / 32], device layout (kernels/layout.py)
     norms       float16 [N, Kp / B]
     table       int32, the codebook in the forms that kernels read (kernels/tables.py)
-    mode        "exact": fp16 centroids and activations; "int8": both rounded to int8, one activation scale a block
+    mode        "exact": fp16 centroids and activations; "int8": both rounded to int8, activations with one scale a
+                block, and from 65 rows on, up to 4 bits, with one scale a row (kernels/prefill_int8.py)
 
 The gradient is with respect to the activation (and bias), never the weight: enough for LoRA. It treats the rounding
 of activations as the identity.
@@ -21,13 +22,16 @@ from hlwq_cuda.kernels.tables import INT8_MAX_BITS
 MODES = ("exact", "int8")
 GEMV_MAX_ROWS = 1
 GEMM_MAX_ROWS = {"exact": 32, "int8": 64}  # above, a dequantized weight and cuBLAS are faster (H200, measurements.md)
+PREFILL_INT8_MAX_BITS = 4  # with one int8 step a row, weights of 5 bits would lose a twentieth of their accuracy
 
 
-def pick(rows: int, mode: str) -> str:
+def pick(rows: int, mode: str, bits: int) -> str:
     """The kernel for a product with that many rows of activations."""
     if rows <= GEMV_MAX_ROWS:
         return "gemv"
-    return "gemm" if rows <= GEMM_MAX_ROWS[mode] else "dequantize"
+    if rows <= GEMM_MAX_ROWS[mode]:
+        return "gemm"
+    return "prefill_int8" if mode == "int8" and bits <= PREFILL_INT8_MAX_BITS else "dequantize"
 
 
 def default_mode(bits: int, device_type: str) -> str:
@@ -51,10 +55,9 @@ def linear(
     check_mode(mode, bits)
     if x.shape[-1] != in_features:
         raise ValueError(f"the activation has {x.shape[-1]} columns, the weight takes {in_features}")
-    arguments = (x, codes, norms, table, bias, bits, block_size, in_features, mode)
-    if x.is_cuda:
-        return _gpu().linear(*arguments, pick(x.numel() // in_features, mode))
-    return plain.linear(*arguments)
+    body = _gpu() if x.is_cuda else plain
+    kernel = pick(x.numel() // in_features, mode, bits)
+    return body.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, kernel)
 
 
 @linear.register_fake

@@ -11,7 +11,8 @@ import torch
 
 from benchmarks.cuda_model import Recorder, disassemble
 from convert.codebook import codebook
-from hlwq_cuda.kernels import dequantize, gemm, gemm_mma
+from hlwq_cuda import ops
+from hlwq_cuda.kernels import dequantize, gemm, gemm_mma, prefill_int8, rotate
 from hlwq_cuda.kernels.plain import Activation
 from hlwq_cuda.kernels.tables import make_table
 
@@ -38,11 +39,27 @@ def main(capability: int, bits: int, mode: str, block: int, width: int) -> None:
     with recorder:
         dequantize.dequantize(codes, norms, table, empty(OUTPUTS, width, dtype=torch.bfloat16), bits, block)
     report("dequantize", recorder, capability)
+    if mode == "int8" and bits <= ops.PREFILL_INT8_MAX_BITS:
+        units, steps = empty(OUTPUTS, width, dtype=torch.int8), empty(OUTPUTS)
+        recorder = Recorder(dequantize, "dequantize_int8_kernel")
+        with recorder:
+            dequantize.dequantize_int8(codes, norms, table, units, steps, bits, block)
+        report("dequantize_int8", recorder, capability)
+        recorder = Recorder(rotate, "quantize_rows_kernel")
+        with recorder:
+            rotate.quantize_rows(empty(ROWS, width, dtype=torch.bfloat16), block, {"PDL": capability >= 90})
+        report("quantize_rows", recorder, capability)
+        recorder = Recorder(prefill_int8, "product_kernel")
+        with recorder:
+            values, scales = empty(ROWS, width, dtype=torch.int8), empty(ROWS)
+            tile = prefill_int8.pick(2048, (capability // 10, capability % 10))
+            prefill_int8.product(values, units, scales, steps, None, out, tile)
+        report("product", recorder, capability)
 
 
 def report(name: str, recorder: Recorder, capability: int) -> None:
     opcodes = disassemble(recorder.compile(capability))
-    print(name, len(opcodes), sum(opcode.startswith(("HMMA", "IMMA")) for opcode in opcodes))
+    print(name, len(opcodes), sum(opcode.startswith(("HMMA", "IMMA", "IGMMA")) for opcode in opcodes))
 
 
 if __name__ == "__main__":

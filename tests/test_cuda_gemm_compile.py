@@ -17,7 +17,8 @@ TESTS = Path(__file__).parent
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Triton's wheels carry NVIDIA's assembler for Linux only")
 @pytest.mark.parametrize(
-    ("capability", "bits", "mode", "block", "width"), [(90, 4, "int8", 128, 1024), (80, 6, "exact", 64, 576)]
+    ("capability", "bits", "mode", "block", "width"),
+    [(90, 4, "int8", 128, 1024), (80, 6, "exact", 64, 576), (120, 3, "int8", 32, 1024)],
 )
 def test_compiles(capability: int, bits: int, mode: str, block: int, width: int):
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(TESTS.parent)}
@@ -27,3 +28,6 @@ def test_compiles(capability: int, bits: int, mode: str, block: int, width: int)
     counts = {name: (int(total), int(tensor)) for name, total, tensor in map(str.split, result.stdout.splitlines())}
     assert counts["gemm"][1] > 0  # the product runs on tensor cores
     assert counts["dequantize"][0] > counts["dequantize"][1] == 0
+    if mode == "int8":
+        assert counts["dequantize_int8"][1] == counts["quantize_rows"][1] == 0
+        assert counts["product"][1] > 0

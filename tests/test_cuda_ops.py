@@ -71,13 +71,14 @@ def test_compiles_without_graph_breaks(weight):
     assert torch.equal(compiled(x, ids), function(x, ids))
 
 
-@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (2, "gemm"), (32, "gemm"), (65, "dequantize")])
+@pytest.mark.parametrize(("rows", "kernel"), [(1, "gemv"), (2, "gemm"), (32, "gemm")])
 def test_pick(rows: int, kernel: str):
-    assert ops.pick(rows, "exact") == ops.pick(rows, "int8") == kernel
+    assert ops.pick(rows, "exact", 4) == ops.pick(rows, "int8", 4) == kernel
 
 
-def test_int8_serves_more_rows_before_it_dequantizes():
-    assert (ops.pick(64, "exact"), ops.pick(64, "int8")) == ("dequantize", "gemm")
+def test_pick_of_many_rows():
+    assert (ops.pick(64, "exact", 4), ops.pick(64, "int8", 4)) == ("dequantize", "gemm")
+    assert (ops.pick(65, "int8", 4), ops.pick(65, "int8", 5)) == ("prefill_int8", "dequantize")
 
 
 def test_activation_of_another_width_is_refused(weight):
@@ -112,7 +113,7 @@ def test_ops_are_captured_in_a_graph(weight, mode: str):
         out.fill_(float("nan"))
         graph.replay()
         rows = plain.embedding(ids, *weight, *shape, torch.float32)
-        expected = plain.linear(plain.rotate(rows, BLOCK)[:, :WIDTH], *weight, None, *shape, mode)
+        expected = plain.linear(plain.rotate(rows, BLOCK)[:, :WIDTH], *weight, None, *shape, mode, "gemv")
         # a sum in another order may round one activation to another int8
         torch.testing.assert_close(
             out, expected, rtol=0, atol=float(expected.abs().max()) * (2e-3 if mode == "exact" else 2e-2)
@@ -127,8 +128,8 @@ def test_gpu_body_in_the_interpreter(weight, monkeypatch, rows: int, mode: str):
     monkeypatch.setattr(gpu, "has_gluon", lambda version: False)
     monkeypatch.setattr(gpu.gemv_kernels, "gemv", partial(gpu.gemv_kernels.gemv, ptx=False))
     x, bias = torch.randn(rows, WIDTH, generator=torch.Generator().manual_seed(1)), torch.randn(ROWS)
-    arguments = (x, *weight, bias, BITS, BLOCK, WIDTH, mode)
-    out = gpu.linear(*arguments, ops.pick(rows, mode))
+    arguments = (x, *weight, bias, BITS, BLOCK, WIDTH, mode, ops.pick(rows, mode, BITS))
+    out = gpu.linear(*arguments)
     expected = plain.linear(*arguments)
     # fp16 products by cuBLAS's stand-in for three rows; for one row the same numbers in another order
     torch.testing.assert_close(out, expected, rtol=0, atol=float(expected.abs().max()) * (2e-3 if rows > 1 else 1e-5))

@@ -1,6 +1,6 @@
 """Codes to a matrix in the rotated basis, for products with many rows: the tensor-core library does the rest.
 
-    w[n, k] = norm * entry / sqrt(B), rounded once from float32
+    w[n, k] = norm * entry / sqrt(B), rounded once from float32;  or units[n, k] * step[n], int8 with one step a row
 
 A program decodes UNITS units (decode.py), wherever rows begin: a row is a whole number of units and of blocks, so that
 units, norms and results are flat arrays; only the planes of the codes need the row. The results of a unit are spread
@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 
 from hlwq_cuda.kernels import decode
+from hlwq_cuda.kernels.device import round_to_int8
+from hlwq_cuda.kernels.tables import entries
 from hlwq_cuda.kernels.unpack import load_entries
 
 _UNITS = 128  # a program, of four warps
@@ -29,7 +31,7 @@ _PACK = {torch.float16: "cvt.rn.f16x2.f32", torch.bfloat16: "cvt.rn.bf16x2.f32"}
 class Sequence(NamedTuple):
     """One unit to words of results, as a text for `inline_asm_elementwise` with pack=1, and what it needs.
 
-    Operands: words of the first plane, of the second; the norm; table words, or the table's address.
+    Operands: words of the first plane, of the second; the factor of every entry; table words, or the table's address.
     """
 
     asm: str
@@ -44,16 +46,15 @@ class Sequence(NamedTuple):
 
 @cache
 def sequence(bits: int, dtype: torch.dtype) -> Sequence:
-    """The Sequence for results of `dtype`: torch.float16 or bfloat16."""
+    """The Sequence for results of `dtype`: torch.float16, bfloat16 or int8."""
     codes, (first, second) = decode.unit_codes(bits), decode.unit_words(bits)
-    results = codes // 2
+    results = codes * dtype.itemsize // 4
     names = [f"q{i}" for i in range(first)] + [f"r{i}" for i in range(second)]
     constraints = ["=&r"] * results + ["r"] * len(names)
     text = [decode.declarations(bits, "exact")]
     text += [f"mov.b32 {name}, ${results + i};" for i, name in enumerate(names)]
-    norm = f"${len(constraints)}"
+    factor = f"${len(constraints)}"
     constraints.append("f")
-    text.append(".reg .b16 left, right; .reg .f32 fl, fr;")
     words = decode.table_words(bits, "exact")
     if words:
         text += [f"mov.b32 t{i}, ${len(constraints) + i};" for i in range(len(words))]
@@ -62,11 +63,30 @@ def sequence(bits: int, dtype: torch.dtype) -> Sequence:
         text += decode.load_lanes(bits, f"${len(constraints)}")
         constraints.append("l")
     text += decode.decode(bits, "exact")
-    for i in range(results):
-        text.append(f"mov.b32 {{left, right}}, p{i}; cvt.f32.f16 fl, left; cvt.f32.f16 fr, right;")
-        text.append(f"mul.f32 fl, fl, {norm}; mul.f32 fr, fr, {norm}; {_PACK[dtype]} ${i}, fr, fl;")
+    text += _int8_words(results, factor) if dtype == torch.int8 else _half_words(results, factor, _PACK[dtype])
     asm = "\n".join(["{", *text, "}"])
     return Sequence(asm, ",".join(constraints), codes, first, second, results, words.start, len(words))
+
+
+def _half_words(results: int, factor: str, convert: str) -> list[str]:
+    """The pairs p0, p1, ... times the factor, two to a word."""
+    out = [".reg .b16 left, right; .reg .f32 fl, fr;"]
+    for i in range(results):
+        out.append(f"mov.b32 {{left, right}}, p{i}; cvt.f32.f16 fl, left; cvt.f32.f16 fr, right;")
+        out.append(f"mul.f32 fl, fl, {factor}; mul.f32 fr, fr, {factor}; {convert} ${i}, fr, fl;")
+    return out
+
+
+def _int8_words(results: int, factor: str) -> list[str]:
+    """The same rounded to int8, four to a word. Adding 1.5 * 2**23 leaves the integer in the low byte of a float."""
+    out = [".reg .b16 left, right; .reg .f32 fl, fr; .reg .b32 il, ir;"]
+    for i in range(results):
+        for pair, name in ((2 * i, "lo"), (2 * i + 1, "hi")):
+            out.append(f"mov.b32 {{left, right}}, p{pair}; cvt.f32.f16 fl, left; cvt.f32.f16 fr, right;")
+            out += [f"fma.rn.f32 {half}, {half}, {factor}, 0f4B400000;" for half in ("fl", "fr")]
+            out.append(f"mov.b32 il, fl; mov.b32 ir, fr; prmt.b32 {name}, il, ir, 0x0040;")
+        out.append(f"prmt.b32 ${i}, lo, hi, 0x5410;")
+    return out
 
 
 def dequantize(
@@ -104,6 +124,29 @@ def dequantize(
         B=block_size,
         SCALE=block_size**-0.5,
         UNITS=_UNITS,
+    )
+
+
+def dequantize_int8(
+    codes: torch.Tensor,  # int32 [N, Kp * bits / 32]
+    norms: torch.Tensor,  # float16 [N, Kp / B]
+    table: torch.Tensor,
+    units: torch.Tensor,  # int8 [N, Kp]
+    steps: torch.Tensor,  # float32 [N]
+    bits: int,
+    block_size: int,
+    ptx: bool = True,
+) -> None:
+    """units * steps = norm * entry / sqrt(B) to the nearest unit: the largest norm and entry of a row give 127."""
+    rows, width = units.shape
+    text = sequence(bits, torch.int8)
+    per_row = width // text.codes
+    program = min(_UNITS, triton.next_power_of_2(per_row))
+    shape = {"KP": width, "B": block_size, "BITS": bits, "LARGEST": entries(bits) - 1, "UNITS": program, "PTX": ptx}
+    shape |= {name.upper(): getattr(text, name) for name in Sequence._fields}
+    grid = (rows, triton.cdiv(per_row, program))
+    dequantize_int8_kernel[grid](
+        codes, norms, table, units.view(torch.int32) if ptx else units, steps, **shape, num_warps=max(1, program // 32)
     )
 
 
@@ -146,6 +189,67 @@ def dequantize_kernel(
     joined = tl.reshape(_join(words, RESULTS), (UNITS * RESULTS,))
     at = tl.program_id(0).to(tl.int64) * (UNITS * RESULTS) + tl.arange(0, UNITS * RESULTS)
     tl.store(out + at, joined, mask=at < total * RESULTS)
+
+
+@triton.jit
+def dequantize_int8_kernel(
+    codes,  # int32 [N, KP * BITS / 32]
+    norms,  # fp16 [N, KP / B]
+    table,
+    out,  # int8 [N, KP], seen as int32 if PTX
+    steps,  # float32 [N]
+    KP: tl.constexpr,
+    B: tl.constexpr,
+    BITS: tl.constexpr,
+    LARGEST: tl.constexpr,  # the last entry of the table
+    UNITS: tl.constexpr,
+    PTX: tl.constexpr,
+    ASM: tl.constexpr,  # and the rest of a Sequence
+    CONSTRAINTS: tl.constexpr,
+    CODES: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    RESULTS: tl.constexpr,
+    TABLE_START: tl.constexpr,
+    TABLE_WORDS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64)
+    blocks: tl.constexpr = KP // B
+    every = tl.arange(0, triton.next_power_of_2(blocks))
+    norms += row * blocks
+    largest = tl.max(tl.load(norms + every, mask=every < blocks, other=0.0).to(tl.float32), 0)
+    largest *= tl.load(table.to(tl.pointer_type(tl.float16)) + LARGEST).to(tl.float32)
+    if tl.program_id(1) == 0:
+        tl.store(steps + row, largest * (B**-0.5 / 127))
+    factor = tl.where(largest > 0, 127 / largest, 0.0)
+
+    per_row: tl.constexpr = KP // CODES
+    place = tl.program_id(1) * UNITS + tl.arange(0, UNITS)
+    inside = place < per_row
+    factor *= tl.load(norms + place * CODES // B, mask=inside, other=0.0).to(tl.float32)
+    if PTX:
+        words = codes + row * (per_row * (FIRST + SECOND))
+        operands = ()
+        for i in tl.static_range(FIRST):
+            operands = operands + (tl.load(words + place * FIRST + i, mask=inside, other=0),)
+        for i in tl.static_range(SECOND):
+            operands = operands + (tl.load(words + per_row * FIRST + place * SECOND + i, mask=inside, other=0),)
+        operands = operands + (factor,)
+        for i in tl.static_range(TABLE_WORDS):
+            operands = operands + (tl.load(table + TABLE_START + i),)
+        if TABLE_WORDS == 0:
+            operands = operands + (table.to(tl.int64),)
+        results = tl.inline_asm_elementwise(
+            ASM, CONSTRAINTS, operands, dtype=(tl.int32,) * RESULTS, is_pure=True, pack=1
+        )
+        joined = tl.reshape(_join(results, RESULTS), (UNITS * RESULTS,))
+        at = tl.program_id(1) * (UNITS * RESULTS) + tl.arange(0, UNITS * RESULTS)
+        tl.store(out + row * (per_row * RESULTS) + at, joined, mask=at < per_row * RESULTS)
+    else:
+        k = place[:, None] * CODES + tl.arange(0, CODES)[None, :]
+        w = load_entries(codes, table, row, k, inside[:, None] & (k >= 0), KP * BITS // 32, BITS, False)
+        rounded = round_to_int8(w * factor[:, None], 1.0)
+        tl.store(out + row * KP + k, rounded.to(tl.int8), mask=inside[:, None] & (k >= 0))
 
 
 @triton.jit

@@ -55,13 +55,36 @@ def decode(codes, norms, table, bits: int, block_size: int, mode: str = "exact")
     return (values.unflatten(-1, (-1, block_size)) * norms.float()[..., None]).flatten(-2)
 
 
-def linear(x, codes, norms, table, bias, bits: int, block_size: int, in_features: int, mode: str) -> torch.Tensor:
-    """[..., K] -> [..., N]; see ops.linear."""
-    activation = quantize_activation(x.reshape(-1, in_features), block_size, mode)
-    out = multiply(activation, codes, norms, table, bits, block_size, mode)
+def linear(
+    x, codes, norms, table, bias, bits: int, block_size: int, in_features: int, mode: str, kernel: str
+) -> torch.Tensor:
+    """[..., K] -> [..., N]; see ops.linear. kernel: what ops.pick returned, for its rounding."""
+    rows = x.reshape(-1, in_features)
+    if kernel == "prefill_int8":
+        (values, scales), (units, steps) = quantize_rows(rows, block_size), decode_int8(codes, norms, table, bits)
+        out = (values.float() * scales[:, None]) @ (units.float() * (steps * block_size**-0.5)[:, None]).T
+    else:
+        activation = quantize_activation(rows, block_size, mode)
+        out = multiply(activation, codes, norms, table, bits, block_size, mode)
     if bias is not None:
         out += bias.float()
     return out.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+def quantize_rows(x: torch.Tensor, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate [M, K]; int8 [M, Kp] and one scale a row, float32 [M]: rotated = values * scale."""
+    sums = _sums(x, block_size).flatten(-2)
+    scales = sums.abs().amax(-1).clamp_min(1e-20) / 127
+    return torch.round(sums / scales[:, None]).to(torch.int8), scales * block_size**-0.5
+
+
+def decode_int8(codes, norms, table, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """norm * centroid in the rotated basis, without 1 / sqrt(B): int8 [N, Kp] and one step a row, float32 [N]."""
+    entries = float_entries(table, bits, "exact")
+    steps = norms.float().amax(-1) * entries[-1] / 127
+    factors = norms.float() * torch.where(steps > 0, 1 / steps, 0.0)[:, None]
+    values = entries[unpack_codes(codes, bits).int()].unflatten(-1, (norms.shape[-1], -1)) * factors[..., None]
+    return torch.round(values).flatten(-2).to(torch.int8), steps
 
 
 def multiply(activation: Activation, codes, norms, table, bits: int, block_size: int, mode: str) -> torch.Tensor:

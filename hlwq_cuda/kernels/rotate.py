@@ -12,6 +12,7 @@ import triton.language as tl
 from hlwq_cuda.kernels.device import (
     allow_next_kernel,
     hadamard_sums,
+    round_to_int8,
     store_activation,
     wait_for_previous_kernel,
 )
@@ -65,6 +66,35 @@ def quantize_activation_kernel(
     store_activation(loaded, 1.0, block, values, scales + row * blocks, half_sums, K, B, MODE)
 
 
+@triton.jit
+def quantize_rows_kernel(
+    x,  # [M, K]
+    values,  # int8 [M, Kp]
+    scales,  # float32 [M]
+    K: tl.constexpr,
+    B: tl.constexpr,
+    BLOCKS: tl.constexpr,  # taken at a time
+    PDL: tl.constexpr,
+):
+    """One program a row: rotate for the largest magnitude, then again to store. Twice the arithmetic, no limit on K."""
+    allow_next_kernel(PDL)
+    row = tl.program_id(0).to(tl.int64)
+    padded: tl.constexpr = (K + B - 1) // B * B
+    wait_for_previous_kernel(PDL)
+    largest = tl.zeros((BLOCKS,), tl.float32)
+    for first in tl.range(0, padded // B, BLOCKS):
+        column = (first + tl.arange(0, BLOCKS))[:, None] * B + tl.arange(0, B)[None, :]
+        loaded = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(tl.abs(hadamard_sums(loaded, B)), 1))
+    scale = tl.maximum(tl.max(largest, 0), 1e-20) / 127.0
+    for first in tl.range(0, padded // B, BLOCKS):
+        column = (first + tl.arange(0, BLOCKS))[:, None] * B + tl.arange(0, B)[None, :]
+        loaded = tl.load(x + row * K + column, mask=column < K, other=0.0).to(tl.float32)
+        rounded = round_to_int8(hadamard_sums(loaded, B), scale)
+        tl.store(values + row * padded + column, rounded.to(tl.int8), mask=column < padded)
+    tl.store(scales + row, scale * B**-0.5)
+
+
 def rotate(x: torch.Tensor, block_size: int, launch: dict) -> torch.Tensor:
     """[..., K] -> x @ H_B of every block, [..., Kp], dtype of x."""
     size = x.shape[-1]
@@ -103,6 +133,17 @@ def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dic
         **launch,
     )
     return out
+
+
+def quantize_rows(x: torch.Tensor, block_size: int, launch: dict) -> tuple[torch.Tensor, torch.Tensor]:
+    """[M, K], M > 0 -> rotated rows as int8 [M, Kp] with one scale each, float32 [M]: rotated = values * scale."""
+    rows, size = x.shape
+    blocks = triton.cdiv(size, block_size)
+    values = x.new_empty((rows, blocks * block_size), dtype=torch.int8)
+    scales = x.new_empty(rows, dtype=torch.float32)
+    shape = {"K": size, "B": block_size, "BLOCKS": min(32, triton.next_power_of_2(blocks))}
+    quantize_rows_kernel[(rows,)](x.contiguous(), values, scales, **shape, num_warps=4, **launch)
+    return values, scales
 
 
 def _blocks_a_program(blocks: int) -> int:
