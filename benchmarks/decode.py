@@ -1,12 +1,14 @@
-"""Decode speed of whole models with random weights made on the device: the fused step in every mode, and bf16.
+"""Decode speed of whole models with random weights made on the device: every mode, and bf16, in the same loop.
 
     python -m benchmarks.decode                                   # Qwen3-8B's shape: exact, int8 and bf16, sampling on
     python -m benchmarks.decode --shape llama-3.1-8b --modes int8 --context 4096
-    python -m benchmarks.decode --generate --compile              # also the loop of generate, and transformers' own
+    python -m benchmarks.decode --shape qwen3.5-9b --profile      # the hybrid; and where the time of a token goes
+    python -m benchmarks.decode --generate --compile              # also `generate` end to end, and transformers' own
                                                                   # with bf16, a static cache and torch.compile
 
 A token is one replay of a CUDA graph: the step, the draw (temperature .7, top-p .9) and the advance of the position;
-nothing is copied to the host. The cache holds `--context` tokens. Codes are random bits, which cost what real ones do.
+nothing is copied to the host. The step is the fused one where it knows the family, else the model's own module.
+The cache holds `--context` tokens. Codes are random bits, which cost what real ones do.
 The ceiling is the time to read every weight, norm and cached token once at the measured read bandwidth.
 The last line of the output is the JSON that `--output` writes.
 """
@@ -19,90 +21,32 @@ import statistics
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import transformers
 import triton
+from transformers import CompileConfig
+from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.cuda_timing import read_bandwidth
+from benchmarks.random_models import SHAPES, cache_bytes, make_config, random_model, weight_bytes
+from hlwq_cuda.decode import Sampling, make_step
+from hlwq_cuda.generate import LanguageModel
 from hlwq_cuda.gpu import launch_options
 from hlwq_cuda.kernels.sample import Sampler
-from hlwq_cuda.layers import HLWQLinear
-from hlwq_cuda.step import FusedStep
 
-SHAPES = {  # model_type and the numbers of config.json
-    "qwen3-8b": ("qwen3", 4096, 12288, 36, 32, 8, 128, 151936, False),
-    "llama-3.1-8b": ("llama", 4096, 14336, 32, 32, 8, 128, 128256, False),
-    "qwen2.5-7b": ("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False),
-    "smollm2-135m": ("llama", 576, 1536, 30, 9, 3, 64, 49152, True),
-}
 REPEATS = 5
-
-
-def make_config(shape: str, length: int) -> transformers.PretrainedConfig:
-    """The transformers config of a shape, for texts up to `length` tokens."""
-    model_type, hidden, intermediate, layers, heads, kv_heads, head_dim, vocabulary, tied = SHAPES[shape]
-    return transformers.AutoConfig.for_model(
-        model_type,
-        hidden_size=hidden,
-        intermediate_size=intermediate,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=head_dim,
-        vocab_size=vocabulary,
-        tie_word_embeddings=tied,
-        max_position_embeddings=length,
-    )
-
-
-def random_model(config: transformers.PretrainedConfig, bits: int | None, mode: str | None, device: torch.device):
-    """A bf16 model with random weights; every linear layer and the head at `bits`, or all bf16 when None."""
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    if bits is not None:
-        for name, module in list(model.named_modules()):
-            if isinstance(module, torch.nn.Linear) and not (name == "lm_head" and config.tie_word_embeddings):
-                model.set_submodule(name, random_linear(module, bits, mode, device))
-    rotary = type(model.model.rotary_emb)(config).to(device)  # its tables are computed, not random
-    for name, parameter in list(model.named_parameters()):
-        if parameter.is_meta:
-            values = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            values = values.uniform_(0.5, 1.5) if "norm" in name else values.normal_(0.0, 0.02)
-            owner, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(owner), leaf, torch.nn.Parameter(values, requires_grad=False))
-    model.model.rotary_emb = rotary
-    model.tie_weights()
-    return model.eval()
-
-
-def random_linear(linear: torch.nn.Linear, bits: int, mode: str | None, device: torch.device) -> HLWQLinear:
-    """A quantized layer of the same shape in the device layout."""
-    from convert.codebook import codebook
-    from convert.format import ModuleSpec, default_block_size
-
-    spec = ModuleSpec(bits, default_block_size(linear.in_features), linear.in_features)
-    bias_dtype = None if linear.bias is None else torch.bfloat16
-    module = HLWQLinear(linear.out_features, spec, codebook(bits), bias_dtype, mode, device="meta").to_empty(
-        device=device
-    )
-    shape = module.weight_codes.shape
-    codes = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device)
-    module.weight_codes = torch.nn.Parameter(codes, requires_grad=False)
-    module.weight_norms.data.uniform_(0.1, 0.3)
-    if module.bias is not None:
-        module.bias.data.normal_()
-    return module.prepare()
 
 
 class Loop:
     """The step, the draw and the advance of one model in a CUDA graph."""
 
     def __init__(self, model: transformers.PreTrainedModel, length: int, sampling: bool) -> None:
-        self.step = FusedStep(model, length)
-        self.step.cache.normal_()
+        self.step = make_step(model, length)
         device = self.step.token.device
-        self.sampler = Sampler(model.config.vocab_size, device, launch_options(device))
+        self._vocabulary = model.config.vocab_size
+        self.sampler = Sampler(self._vocabulary, device, launch_options(device))
         self.sampler.settings.copy_(torch.tensor([0.7, 0.9]))
         self._sampling = sampling
 
@@ -114,15 +58,17 @@ class Loop:
             self.sampler.greedy(logits, self.step.token)
         self.step.position += 1
 
-    def capture(self) -> torch.cuda.CUDAGraph:
-        return capture(self.one_token)
+    def read(self, context: int) -> None:
+        """Fill the cache with `context` random tokens."""
+        self.step.prefill(torch.randint(0, self._vocabulary, (1, context), device=self.step.token.device))
 
     def token_seconds(self, context: int, tokens: int) -> list[float]:
         """Seconds a token, of REPEATS runs of `tokens` tokens that begin with `context` tokens in the cache."""
-        graph = self.capture()
+        self.read(context)
+        graph = capture(self.one_token)
         seconds = []
         for _ in range(REPEATS + 1):
-            self.step.position.fill_(context)
+            self.read(context)
             torch.cuda.synchronize()
             start = time.perf_counter()
             for _ in range(tokens):
@@ -131,12 +77,28 @@ class Loop:
             seconds.append((time.perf_counter() - start) / tokens)
         return seconds[1:]  # the first warms up the clocks
 
+    def profile(self, context: int) -> list[tuple[str, int, float]]:
+        """Kernels of one token, the most expensive first: name, launches, microseconds of all of them.
+
+        Kernels that overlap by programmatic dependent launch are counted in full, so the sum may exceed a token.
+        """
+        from torch.profiler import ProfilerActivity, profile
+
+        self.read(context)
+        with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+            self.one_token()
+            torch.cuda.synchronize()
+        events = sorted(profiler.key_averages(), key=lambda event: -event.device_time_total)
+        return [(event.key[:90], event.count, round(event.device_time_total, 1)) for event in events]
+
 
 def capture(function) -> torch.cuda.CUDAGraph:
-    """`function` run once, for compilation, then captured."""
+    """`function` run twice, for compilation and workspaces, then captured."""
     stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        function()
+        for _ in range(2):
+            function()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -144,89 +106,110 @@ def capture(function) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def bytes_a_token(step: FusedStep, model: transformers.PreTrainedModel, context: int) -> int:
-    """Weights (embedding aside) and the cached keys and values that one token must read."""
-    embedding = model.get_input_embeddings()
-    skipped = set() if model.config.tie_word_embeddings else {id(parameter) for parameter in embedding.parameters()}
-    weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in skipped)
-    cached = step.cache[:, :, :, :context]
-    return weights + cached.numel() * cached.element_size()
+def bytes_a_token(model: transformers.PreTrainedModel, context: int) -> int:
+    """Weights and norms (embedding aside) and the cached keys and values that one token must read."""
+    skipped = 0 if model.config.tie_word_embeddings else weight_bytes(model.get_input_embeddings())
+    return weight_bytes(model) - skipped + cache_bytes(model.config, context)
+
+
+def make_model(args: argparse.Namespace, mode: str, length: int, device: torch.device):
+    """The random model of one row of the table; resets the peak of the memory."""
+    torch.cuda.empty_cache()
+    model = random_model(
+        make_config(args.shape, length), *((None, None) if mode == "bf16" else (args.bits, mode)), device
+    )
+    torch.cuda.reset_peak_memory_stats()
+    return model
 
 
 def measure_step(args: argparse.Namespace, mode: str, bandwidth: float, device: torch.device) -> dict:
     """One row of the table."""
     length = args.context + args.tokens + 8
-    config = make_config(args.shape, length)
-    bits = None if mode == "bf16" else args.bits
-    model = random_model(config, bits, None if mode == "bf16" else mode, device)
-    torch.cuda.reset_peak_memory_stats()
+    model = make_model(args, mode, length, device)
     loop = Loop(model, length, not args.greedy)
     seconds = loop.token_seconds(args.context, args.tokens)
     median = statistics.median(seconds)
-    needed = bytes_a_token(loop.step, model, args.context + args.tokens // 2)
-    return {
-        "mode": mode,
-        "bits": args.bits if bits else 16,
+    needed = bytes_a_token(model, args.context + args.tokens // 2)
+    row = {
+        "mode": f"{mode}, {loop.step.name}",
+        "bits": 16 if mode == "bf16" else args.bits,
         "tokens_per_second": round(1 / median, 1),
         "microseconds_per_token": round(median * 1e6, 1),
         "spread": round((max(seconds) - min(seconds)) / median, 4),
         "gigabytes_per_token": round(needed / 1e9, 3),
         "share_of_read_bandwidth": round(needed / bandwidth / median, 3),
-        "memory_over_weights": round(torch.cuda.memory_allocated() / sum(p.nbytes for p in model.parameters()), 3),
     }
+    if args.profile:
+        row["kernels"] = loop.profile(args.context)
+    return row
 
 
 def measure_generate(args: argparse.Namespace, mode: str, device: torch.device) -> dict:
-    """End to end: the loop of `generate`, which reads the prompt, and each token on the host."""
-    from hlwq_cuda.decode import Decoder, Sampling
-
-    length = args.context + args.tokens + 8
-    config = make_config(args.shape, length)
-    model = random_model(config, None if mode == "bf16" else args.bits, None if mode == "bf16" else mode, device)
-    decoder = Decoder(model, length)
-    prompt = torch.randint(0, config.vocab_size, (1, args.context), device=device)
+    """End to end: hlwq_cuda's `generate`, which reads the prompt and hands each token to the host; and its memory."""
+    length = args.context + args.tokens
+    model = make_model(args, mode, length, device)
+    tokenizer = SimpleNamespace(eos_token_id=None)
+    language_model = LanguageModel(model, tokenizer)
+    prompt = torch.randint(0, model.config.vocab_size, (args.context,)).tolist()
     sampling = Sampling() if args.greedy else Sampling(temperature=0.7, top_p=0.9)
-    seconds = []
+    timings = []
     for _ in range(REPEATS + 1):
-        decoder.prefill(prompt, sampling)
-        start = time.perf_counter()
-        count = sum(1 for _ in decoder.tokens(args.tokens))
-        seconds.append((time.perf_counter() - start) / count)
-    median = statistics.median(seconds[1:])  # the first compiles
-    return {"mode": f"{mode}, {decoder.step.name} in generate", "tokens_per_second": round(1 / median, 1)}
+        assert sum(1 for _ in language_model.generate_tokens(prompt, args.tokens, sampling)) == args.tokens
+        timings.append(language_model.timing)
+    weights, cache = weight_bytes(model), cache_bytes(model.config, length)
+    timings = timings[1:]  # the first compiles and captures
+    return {
+        "mode": f"{mode}, {language_model.description.split(', ')[-1]} in generate",
+        "tokens_per_second": round(1 / statistics.median(t.new_seconds / (t.new_tokens - 1) for t in timings), 1),
+        "prompt_tokens_per_second": round(
+            1 / statistics.median(t.prompt_seconds / t.prompt_tokens for t in timings), 1
+        ),
+        "weight_gigabytes": round(weights / 1e9, 3),
+        "memory_over_weights": round((torch.cuda.memory_allocated() - cache) / weights, 3),
+        "peak_gigabytes": round(torch.cuda.max_memory_allocated() / 1e9, 3),
+    }
+
+
+class Stopwatch(BaseStreamer):
+    """Gets every token as transformers' generate makes it, as a program that shows text does; notes the times."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is buffered."""
 
 
 def measure_compiled(args: argparse.Namespace, device: torch.device) -> dict:
-    """transformers' own generate in bf16 with a static cache and torch.compile, the same number of tokens."""
-    from transformers import CompileConfig
-
+    """transformers' own generate in bf16 with a static cache and torch.compile, token by token to the host."""
     length = args.context + args.tokens
-    model = random_model(make_config(args.shape, length), None, None, device)
+    model = make_model(args, "bf16", length, device)
     model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
     prompt = torch.randint(0, model.config.vocab_size, (1, args.context), device=device)
 
-    def run(new_tokens: int) -> float:
-        torch.cuda.synchronize()
-        start = time.perf_counter()
+    def token_seconds() -> float:
+        watch = Stopwatch()
         model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
-            max_new_tokens=new_tokens,
-            min_new_tokens=new_tokens,
+            max_new_tokens=args.tokens,
             do_sample=not args.greedy,
             temperature=0.7,
             top_p=0.9,
             top_k=0,
             cache_implementation="static",
             compile_config=CompileConfig(fullgraph=True),
+            streamer=watch,
         )
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
+        assert len(watch.times) == args.tokens + 1  # the prompt comes first
+        return (watch.times[-1] - watch.times[1]) / (args.tokens - 1)
 
-    run(args.tokens)  # compiles
-    run(args.tokens)
-    per_token = (run(args.tokens) - run(8)) / (args.tokens - 8)  # the difference leaves the prefill out
-    return {"mode": "transformers bf16 static + compile", "tokens_per_second": round(1 / per_token, 1)}
+    seconds = [token_seconds() for _ in range(2 + 3)][2:]  # the first compiles, the second captures
+    tokens_per_second = round(1 / statistics.median(seconds), 1)
+    return {"mode": "bf16, transformers with static cache and torch.compile", "tokens_per_second": tokens_per_second}
 
 
 def command(args: argparse.Namespace) -> str:
@@ -238,6 +221,7 @@ def command(args: argparse.Namespace) -> str:
         + " --greedy" * args.greedy
         + " --generate" * args.generate
         + " --compile" * args.compile
+        + " --profile" * args.profile
     )
 
 
@@ -252,6 +236,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--greedy", action="store_true", help="take the largest logit instead of sampling")
     parser.add_argument("--generate", action="store_true", help="also time the loop of hlwq_cuda's generate")
     parser.add_argument("--compile", action="store_true", help="also time transformers with torch.compile")
+    parser.add_argument("--profile", action="store_true", help="also list the kernels of one token")
     parser.add_argument("--output", type=Path, help="write the result here")
     args = parser.parse_args(argv)
     if not torch.cuda.is_available():
@@ -282,6 +267,12 @@ def main(argv: list[str] | None = None) -> int:
             torch.cuda.empty_cache()
     if args.compile:
         result["rows"].append(measure_compiled(args, device))
+        print(result["rows"][-1], flush=True)
+    for row in result["rows"]:
+        for base in result["rows"]:
+            if base["mode"].startswith("bf16") and not row["mode"].startswith("bf16"):
+                times = row["tokens_per_second"] / base["tokens_per_second"]
+                row.setdefault("times", {})[base["mode"]] = round(times, 2)
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

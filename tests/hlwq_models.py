@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForCausalLM
 
+import hlwq_cuda
 from convert.__main__ import main as convert
 from convert.checkpoint import Checkpoint
 from tests.tiny_models import VOCABULARY, tiny_model
@@ -51,3 +53,39 @@ def decoded(directory: Path, output: Path) -> Path:
     config = {name: value for name, value in checkpoint.config.items() if name != "quantization_config"}
     (output / "config.json").write_text(json.dumps(config))
     return output
+
+
+def compare_greedy(
+    directory: Path,
+    device: str,
+    mode: str,
+    bound: float,
+    new: int = 24,
+    ids: torch.Tensor | None = None,
+    least: int = 4,
+) -> hlwq_cuda.LanguageModel:
+    """Greedy tokens equal those of the dequantized model up to where its two best are closer than the error.
+
+    The error is `bound` times the root mean square of the logits. At least `least` tokens must be compared, or all.
+    """
+    model = hlwq_cuda.load(directory, device=device, mode=mode, dtype=torch.float32)
+    dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).dequantize()
+    ids = random_ids(9) if ids is None else ids
+    expected = dense.generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new,
+        do_sample=False,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    tokens = list(model.generate_tokens(ids[0].tolist(), new))
+    compared = 0
+    for found, token, logits in zip(tokens, expected.sequences[0, ids.shape[1] :], expected.logits, strict=False):
+        best = logits[0].topk(2).values
+        if best[0] - best[1] < bound * logits.norm() / logits.numel() ** 0.5:
+            break
+        assert found == token, f"token {compared}: {found}, not {int(token)}"
+        compared += 1
+    assert compared >= least or compared == len(tokens), f"the margins are too small after {compared} tokens"
+    return model

@@ -10,14 +10,12 @@ import pytest
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM  # noqa: E402
-
 import hlwq_cuda  # noqa: E402
 from convert.checkpoint import Checkpoint  # noqa: E402
 from hlwq_cuda import decode  # noqa: E402
 from hlwq_cuda.__main__ import main  # noqa: E402
 from hlwq_cuda.decode import HostSampler, Sampling  # noqa: E402
-from tests.hlwq_models import converted, random_ids  # noqa: E402
+from tests.hlwq_models import compare_greedy, converted  # noqa: E402
 from tests.tiny_models import FAMILIES  # noqa: E402
 
 NEW = 24
@@ -33,34 +31,9 @@ def llama(root: Path) -> hlwq_cuda.LanguageModel:
     return hlwq_cuda.load(converted("llama", root), device="cpu")
 
 
-def check_greedy(directory: Path, device: str, mode: str, bound: float, new: int = NEW) -> hlwq_cuda.LanguageModel:
-    """Equal to greedy decoding of the dequantized model up to where its two best are closer than the error."""
-    model = hlwq_cuda.load(directory, device=device, mode=mode, dtype=torch.float32)
-    dense = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32).dequantize()
-    ids = random_ids(9)
-    expected = dense.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new,
-        do_sample=False,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    tokens = list(model.generate_tokens(ids[0].tolist(), new))
-    compared = 0
-    for found, token, logits in zip(tokens, expected.sequences[0, ids.shape[1] :], expected.logits, strict=False):
-        best = logits[0].topk(2).values
-        if best[0] - best[1] < bound * logits.norm() / logits.numel() ** 0.5:
-            break
-        assert found == token, f"token {compared}: {found}, not {int(token)}"
-        compared += 1
-    assert compared > 3 or compared == len(tokens), "the margins are too small to say anything"
-    return model
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers(family: str, root: Path):
-    check_greedy(converted(family, root), "cpu", "exact", bound=2**-8)
+    compare_greedy(converted(family, root), "cpu", "exact", bound=2**-8)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -73,7 +46,7 @@ def test_fused_step_and_device_sampler_in_the_loop(family: str, root: Path, tmp_
     monkeypatch.setattr(decode, "make_step", decode.FusedModelStep)
     monkeypatch.setattr(decode, "make_sampler", decode.DeviceSampler)
     directory = converted(family, root)
-    model = check_greedy(directory, "cpu", "exact", bound=2**-6, new=5)
+    model = compare_greedy(directory, "cpu", "exact", bound=2**-6, new=5)
     model.model.save_pretrained(tmp_path)
     loaded, saved = Checkpoint.open(directory), Checkpoint.open(tmp_path)
     for name in loaded.tensors:
@@ -85,7 +58,7 @@ def test_fused_step_and_device_sampler_in_the_loop(family: str, root: Path, tmp_
 @pytest.mark.parametrize("family", FAMILIES)
 def test_greedy_equals_transformers_on_the_gpu(family: str, mode: str, root: Path):
     """exact multiplies in fp16; int8 rounds activations to 1/127 of a block's largest."""
-    check_greedy(converted(family, root), "cuda", mode, bound=2**-6 if mode == "exact" else 0.3)
+    compare_greedy(converted(family, root), "cuda", mode, bound=2**-6 if mode == "exact" else 0.3)
 
 
 @pytest.mark.gpu

@@ -1,17 +1,24 @@
-"""The custom ops on the CPU: schema, fake bodies, gradient, torch.compile, hostile arguments."""
+"""The custom ops: values, schema, fake bodies, gradient, torch.compile, hostile arguments.
+
+On a GPU with its kernels, elsewhere with the bodies in plain torch.
+"""
 
 from __future__ import annotations
 
 from functools import partial
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from convert import packing, reference  # noqa: E402
 from convert.codebook import codebook  # noqa: E402
+from convert.format import SUPPORTED_BITS, ModuleSpec  # noqa: E402
 from hlwq_cuda import ops  # noqa: E402
 from hlwq_cuda.kernels import plain  # noqa: E402
-from hlwq_cuda.kernels.tables import make_table  # noqa: E402
+from hlwq_cuda.kernels.layout import to_device_layout  # noqa: E402
+from hlwq_cuda.kernels.tables import float_entries, make_table  # noqa: E402
 from tests.triton_device import DEVICE  # noqa: E402
 
 BITS, BLOCK, WIDTH, ROWS = 4, 64, 150, 20  # K is padded to 192
@@ -29,6 +36,50 @@ def weight():
 def seed():
     """The same activations in every run, so that a failure repeats."""
     torch.manual_seed(0)
+
+
+# Every kind with every number of rows; block size and dtype turn against each other, so that each pair of the four
+# occurs. K: ragged, with a padded last block where B = 128.
+KINDS = [(bits, "exact") for bits in SUPPORTED_BITS] + [(bits, "int8") for bits in (2, 3, 4, 5)]
+ROW_COUNTS = (1, 2, 3, 7, 8, 16, 33, 64, 257)
+SIZES = ((128, 1000), (64, 960), (32, 416))  # B, K
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+CASES = [
+    (*kind, rows, *SIZES[(i + j) % 3], DTYPES[(i + j // 3) % 3])
+    for i, kind in enumerate(KINDS)
+    for j, rows in enumerate(ROW_COUNTS)
+]
+
+
+@pytest.mark.parametrize(("bits", "mode", "rows", "block", "width", "dtype"), CASES)
+def test_linear_matches_reference(bits: int, mode: str, rows: int, block: int, width: int, dtype: torch.dtype):
+    rng, outputs = np.random.default_rng([bits, rows]), 77
+    spec = ModuleSpec(bits, block, width)
+    codes = rng.integers(0, 2**bits, (outputs, spec.padded_in_features)).astype(np.uint8)
+    encoded = reference.Encoded(codes, np.exp(rng.normal(size=(outputs, spec.blocks))).astype(np.float16))
+    x = torch.from_numpy(rng.normal(size=(rows, width)) * np.exp(rng.normal(size=width))).to(dtype)
+    bias = torch.linspace(-1, 1, outputs, dtype=dtype)
+    table = make_table(codebook(bits), bits)
+    words = to_device_layout(torch.from_numpy(packing.pack(codes, bits)), bits)
+    arguments = [tensor.to(DEVICE) for tensor in (x, words, torch.from_numpy(encoded.norms), table, bias)]
+    out = torch.ops.hlwq.linear(*arguments, bits, block, width, mode)
+    assert out.dtype == dtype and out.shape == (rows, outputs)
+
+    x, bias = x.double().numpy(), bias.double().numpy()
+    weight, rotated = reference.decode_rotated(encoded, spec, codebook(bits)), reference.rotate(x, block)
+    expected = rotated @ weight.T + bias
+    dense = DEVICE == "cuda" and ops.pick(rows, mode) == "dequantize"  # rounds to the activation's dtype, never int8
+    # else centroids and activations are rounded to fp16, and so are sums of eight products
+    unit = torch.finfo(dtype).eps if dense else 2**-10
+    bound = max(2 * unit, 2**-9) * (np.abs(rotated) @ np.abs(weight).T)
+    if mode == "int8" and not dense:  # half a step in every activation and centroid
+        step = np.abs(reference.blocks(rotated, block)).max(-1).repeat(block, -1) / 127
+        change = np.abs(float_entries(table, bits, "int8").numpy() - np.array(codebook(bits))).max()
+        norms = encoded.norms.astype(np.float64).repeat(block, -1) * block**-0.5
+        bound = bound + (step / 2 + 2**-9 * np.abs(rotated)) @ (np.abs(weight) + change * norms).T
+        bound = bound + np.abs(rotated) @ (change * norms).T
+    bound = bound + torch.finfo(dtype).eps * (np.abs(expected) + np.abs(bias)) + 1e-6
+    assert (np.abs(out.double().cpu().numpy() - expected) <= bound).all()
 
 
 def test_ops_keep_the_rules_of_torch_library(weight):
@@ -91,7 +142,6 @@ def test_unknown_mode_is_refused(weight):
         torch.ops.hlwq.linear(torch.randn(1, WIDTH, device=DEVICE), *weight, None, BITS, BLOCK, WIDTH, "fast")
 
 
-@pytest.mark.gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("mode", ["exact", "int8"])
 def test_ops_are_captured_in_a_graph(weight, mode: str):
