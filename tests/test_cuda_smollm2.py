@@ -48,6 +48,5 @@ def test_greedy_text_equals_that_of_the_dequantized_model(directory: Path, promp
     messages = [{"role": "user", "content": prompt}]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     ids = torch.tensor([tokenizer.encode(text, add_special_tokens=False)])
-    bound, least = (2**-9, 16) if mode == "exact" else (2**-5, 1)
-    model = compare_greedy(directory, "cuda", mode, bound, 64, ids, least)
+    model = compare_greedy(directory, "cuda", mode, 2**-8 if mode == "exact" else 2**-5, 64, ids, least=8)
     assert model.description.endswith("fused step")
