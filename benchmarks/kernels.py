@@ -71,7 +71,13 @@ def measure(shapes: list[tuple[int, int]], rows: list[int], only: list[str] | No
         for m in rows:
             x = torch.randn((m, k), device="cuda", dtype=torch.bfloat16)
             for name, build in builders.items():
-                record = {"n": n, "k": k, "m": m, "name": name, **run(build, weight, x, bandwidth)}
+                try:
+                    outcome = run(build, weight, x, bandwidth)
+                except Exception as error:  # another project's failure is a result; ours stops the benchmark
+                    if name in OURS:
+                        raise
+                    outcome = {"error": f"failed: {type(error).__name__}: {error}"}
+                record = {"n": n, "k": k, "m": m, "name": name, **outcome}
                 records.append(record)
                 print(json.dumps(record), file=sys.stderr, flush=True)
     return {

@@ -101,6 +101,10 @@ class Buffers:
     def _float32(self, size: int) -> torch.Tensor:
         return torch.empty(size, dtype=torch.float32, device=self._device)
 
+    def row(self, size: int) -> torch.Tensor:
+        """`size` float32 numbers between two kernels that are not products."""
+        return self.output(size, InputLayout("exact", PLAIN_BLOCK, size, torch.float32))
+
     def output(self, size: int, layout: InputLayout) -> torch.Tensor:
         """A product of `size` numbers: float32, or the weight's dtype behind a plain layout."""
         key = (size, layout.dtype if layout.format == "plain" else torch.float32)

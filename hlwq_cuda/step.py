@@ -3,6 +3,8 @@
     layer:  norm -> q k v -> attention -> combine -> output -> norm -> gate up -> SiLU -> down
     step:   embedding, every layer, norm -> head
 
+In place of attention a layer may have another mixer (mixers.py): gated DeltaNet takes two kernels.
+
 The kernels that are not products end with the rotation of their row into what the next product reads, the residual
 stream stays in float32, and from compute capability 9.0 on each kernel starts while its predecessor still runs
 (programmatic dependent launch) and loads what does not depend on it: the first weights, keys and values, gains.
@@ -20,17 +22,19 @@ whatever samples the next token into `step.token` and adds one to `step.position
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from hlwq_cuda.families import Layer, find_family
+from hlwq_cuda.families import Attention, Layer, find_family
 from hlwq_cuda.gpu import launch_options, multiprocessors
 from hlwq_cuda.kernels.activation import silu_mul
-from hlwq_cuda.kernels.attention import Partials, attention, combine, split_count
+from hlwq_cuda.kernels.attention import Partials, split_count
 from hlwq_cuda.kernels.norm import norm
+from hlwq_cuda.mixers import AttentionMixer, DeltaMixer, Surroundings, refuse
 from hlwq_cuda.projection import Buffers, Projection, input_layout
 
 if TYPE_CHECKING:
@@ -45,7 +49,7 @@ class FusedStep:
     token:    int64 [1], the token to run
     position: int64 [1], its index: the number of tokens in the cache; the last slot serves for any beyond it
     logits:   [vocabulary], float32, or the head's dtype where the head is not quantized
-    cache:    [layers, keys and values, kv_heads, max_length, D], the dtype of the model's norms
+    cache:    [layers with attention, keys and values, kv_heads, max_length, D], the dtype of the model's norms
     """
 
     def __init__(self, model: PreTrainedModel, max_length: int) -> None:
@@ -54,34 +58,40 @@ class FusedStep:
         if reason is not None:
             raise ValueError(reason)
         config, decoder = model.config, model.get_decoder()
+        family = find_family(config.model_type)
+        layers = [family.layer(block) for block in decoder.layers]
         self._device = decoder.norm.weight.device
         self._launch = launch_options(self._device)
-        self._eps = config.rms_norm_eps
-        self._head_dim = head_dim(config)
-        self._rotary = rotary_tables(decoder.rotary_emb, max_length, self._device)
-        kv_heads, heads = config.num_key_value_heads, config.num_attention_heads
+        self._gain = family.gain
+        kv_heads, heads, width = config.num_key_value_heads, config.num_attention_heads, head_dim(config)
+        attentions = sum(isinstance(layer.mixer, Attention) for layer in layers)
         self.cache = torch.zeros(
-            (config.num_hidden_layers, 2, kv_heads, max_length, self._head_dim),
-            dtype=decoder.norm.weight.dtype,
-            device=self._device,
+            (attentions, 2, kv_heads, max_length, width), dtype=decoder.norm.weight.dtype, device=self._device
         )
-        splits = split_count(kv_heads, max_length, multiprocessors(self._device))
-        self._partials = Partials.empty(heads, splits, self._head_dim, self._device)
+        self.token = torch.zeros(1, dtype=torch.int64, device=self._device)
+        self.position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._buffers = Buffers(self._device)
+        splits = split_count(kv_heads, max_length, multiprocessors(self._device))
+        self._around = Surroundings(
+            self._buffers,
+            self.position,
+            config.rms_norm_eps,
+            family.gain,
+            rotary_tables(decoder.rotary_emb, max_length, self._device),
+            Partials.empty(heads, splits, width, self._device),
+            width,
+        )
         # programs of one norm read the old residual stream while others write the new one: two buffers, in turn
         self._hidden = [torch.empty(config.hidden_size, device=self._device) for _ in range(2)]
         self._embedded = self._hidden[0]
-        self.token = torch.zeros(1, dtype=torch.int64, device=self._device)
-        self.position = torch.zeros(1, dtype=torch.int64, device=self._device)
         self._embedding = decoder.embed_tokens
-        family = find_family(config.model_type)
-        self._launches = []
-        delta = None
-        for index, block in enumerate(decoder.layers):
-            delta = self._add_layer(family.layer(block), self.cache[index], delta)
-        head = Projection([model.get_output_embeddings()], self._buffers, self._eps)
+        self._launches, self._mixers = [], []
+        caches, delta = iter(self.cache), None
+        for layer in layers:
+            delta = self._add_layer(layer, caches, delta)
+        head = Projection([model.get_output_embeddings()], self._buffers, config.rms_norm_eps)
         self._add_norm(decoder.norm, delta, head)
-        self._add_projection(head)
+        self._add(head.run)
         self.logits = head.output
 
     @staticmethod
@@ -98,14 +108,17 @@ class FusedStep:
             return f"{max_length} tokens exceed the sliding window of {window}, which the fused step does not have"
         decoder = model.get_decoder()
         rotary = decoder.rotary_emb
-        if rotary.rope_type not in FIXED_ROTARY or 2 * rotary.inv_freq.numel() != head_dim(config):
-            return f"the fused step has no rotary embedding of type {rotary.rope_type} over part of a head"
+        if rotary.rope_type not in FIXED_ROTARY:
+            return f"the fused step has no rotary embedding of type {rotary.rope_type}"
+        layers = [family.layer(block) for block in decoder.layers]
+        reasons = (refuse(layer.mixer, 2 * rotary.inv_freq.numel(), head_dim(config)) for layer in layers)
+        reason = next(filter(None, reasons), None)
+        if reason is not None:
+            return reason
         devices = {parameter.device for parameter in model.parameters()}
         if len(devices) != 1 or torch.device("meta") in devices:
             return "the model is spread over several devices"
-        groups = [
-            (f"layer {i}", group) for i, block in enumerate(decoder.layers) for group in inputs(family.layer(block))
-        ]
+        groups = [(f"layer {i}", group) for i, layer in enumerate(layers) for group in inputs(layer)]
         for place, group in [*groups, ("output head", [model.get_output_embeddings()])]:
             try:
                 input_layout(group)
@@ -114,11 +127,10 @@ class FusedStep:
         return None
 
     def load_cache(self, past_key_values: Cache) -> None:
-        """Copy the keys and values of a prefill, and set `position` to its length."""
+        """Copy what a prefill left, and set `position` to its length."""
         length = int(past_key_values.get_seq_length())
-        for own, layer in zip(self.cache, past_key_values.layers, strict=True):
-            own[0, :, :length] = layer.keys[0, :, :length]
-            own[1, :, :length] = layer.values[0, :, :length]
+        for mixer, layer in zip(self._mixers, past_key_values.layers, strict=True):
+            mixer.load(layer, length)
         self.position.fill_(length)
 
     def run(self) -> torch.Tensor:
@@ -128,36 +140,30 @@ class FusedStep:
             launch()
         return self.logits
 
-    def _add_layer(self, layer: Layer, cache: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor:
+    def _add_layer(self, layer: Layer, caches: Iterator[torch.Tensor], delta: torch.Tensor | None) -> torch.Tensor:
         """Add the launches of one block; `delta` and the result are what is still to be added to the residual."""
-        of_qkv, of_output, of_gate_up, of_down = inputs(layer)
-        qkv = Projection(of_qkv, self._buffers, self._eps)
-        output = Projection(of_output, self._buffers)
-        gate_up = Projection(of_gate_up, self._buffers, self._eps)
-        down = Projection(of_down, self._buffers)
-        gains = None if layer.query_norm is None else (layer.query_norm.weight.data, layer.key_norm.weight.data)
-        self._add_norm(layer.attention_norm, delta, qkv)
-        self._add_projection(qkv)
-        scale = self._head_dim**-0.5
-        tensors = (qkv.output, gains, self._rotary, *cache, self.position, self._partials)
-        self._add(partial(attention, *tensors, self._eps, scale))
-        self._add(partial(combine, self._partials, output.input, output.layout.block_size, output.layout.format))
-        self._add_projection(output)
-        self._add_norm(layer.mlp_norm, output.output, gate_up)
-        self._add_projection(gate_up)
+        if isinstance(layer.mixer, Attention):
+            mixer = AttentionMixer(layer.mixer, self._around, next(caches))
+        else:
+            mixer = DeltaMixer(layer.mixer, self._around)
+        self._mixers.append(mixer)
+        gate_up = Projection((layer.gate, layer.up), self._buffers, self._around.eps)
+        down = Projection((layer.down,), self._buffers)
+        self._add_norm(layer.mixer_norm, delta, mixer.projection)
+        for launch in (mixer.projection.run, *mixer.launches, mixer.output.run):
+            self._add(launch)
+        self._add_norm(layer.mlp_norm, mixer.output.output, gate_up)
+        self._add(gate_up.run)
         self._add(partial(silu_mul, gate_up.output, down.input, down.layout.block_size, down.layout.format))
-        self._add_projection(down)
+        self._add(down.run)
         return down.output
 
     def _add_norm(self, module: nn.Module, delta: torch.Tensor | None, reader: Projection) -> None:
         old, new = self._hidden
         target = (reader.input, reader.layout.block_size, reader.layout.format)
-        self._add(partial(norm, old, delta, module.weight.data, self._eps, new, *target))
+        self._add(partial(norm, old, delta, self._gain(module), self._around.eps, new, *target))
         if delta is not None:
             self._hidden.reverse()
-
-    def _add_projection(self, projection: Projection) -> None:
-        self._add(projection.run)
 
     def _add(self, launch) -> None:
         self._launches.append(partial(launch, launch=self._launch))
@@ -165,7 +171,7 @@ class FusedStep:
 
 def inputs(layer: Layer) -> tuple[tuple[nn.Module, ...], ...]:
     """The linear layers of a block, grouped by the row they read."""
-    return (layer.query, layer.key, layer.value), (layer.output,), (layer.gate, layer.up), (layer.down,)
+    return layer.mixer.inputs, (layer.mixer.output,), (layer.gate, layer.up), (layer.down,)
 
 
 def head_dim(config) -> int:
@@ -174,7 +180,9 @@ def head_dim(config) -> int:
 
 
 def rotary_tables(rotary: nn.Module, length: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin of the model's own rotary module at every position: float32 [length, D] each."""
+    """cos and sin of the model's own rotary module at every position: float32 [length, R] each."""
     positions = torch.arange(length, device=device)[None]
+    if hasattr(rotary, "mrope_section"):  # one for time, height and width, which are equal in text
+        positions = positions.expand(3, -1, -1)
     cos, sin = rotary(torch.empty(0, dtype=torch.float32, device=device), positions)
     return cos[0].contiguous(), sin[0].contiguous()

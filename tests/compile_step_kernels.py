@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hlwq_cuda.kernels import activation, attention, norm, sample
+from hlwq_cuda.kernels import activation, attention, delta, gated, norm, sample
 from hlwq_cuda.kernels.plain import Activation
 
 POINTERS = {
@@ -80,12 +80,19 @@ def compile_all(capability: int, format: str, head_dim: int, dtype: torch.dtype,
     position = torch.zeros(1, dtype=torch.int64)
     attention.attention(row(2 * size), gains, tables, *cache, position, partials, 1e-6, 0.1, launch)
     attention.combine(partials, out, 128, format, launch)
+    gated.arrange(row(12 * head_dim), row(head_dim, torch.int32), row(8 * head_dim), 4, launch)
+    gated.gate(row(), row(12 * head_dim), head_dim, out, 128, format, launch)
+    shape = delta.Shape(2, 4, 128, 128, 4)
+    weight = (torch.empty(1024, 4, dtype=dtype), row(4), row(4, dtype))
+    memory = (torch.empty(4, 1024), torch.empty(4, 128, 128))
+    delta.delta(row(1544, dtype), *weight, position, *memory, row(512), shape, launch)
+    delta.gated_norm(row(512), row(512, dtype), row(128, dtype), 1e-6, out, 128, format, launch)
     sampler = sample.Sampler(5000, torch.device("cpu"), launch)
     sampler.sample(row(5000, dtype), position, position)
 
 
 def main() -> None:
-    for module in (activation, attention, norm, sample):
+    for module in (activation, attention, delta, gated, norm, sample):
         for name, kernel in list(vars(module).items()):
             launched = isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__
             if launched and name.endswith("_kernel"):

@@ -46,6 +46,17 @@ CONFIGS = {
     "mistral": lambda: transformers.MistralConfig(**SMALL, head_dim=32, sliding_window=None),
     "qwen2": lambda: transformers.Qwen2Config(**SMALL),
     "qwen3": lambda: transformers.Qwen3Config(**SMALL, head_dim=40),
+    # two linear layers to one of gated attention; the rotary embedding covers a quarter of a head
+    "qwen3_5": lambda: transformers.Qwen3_5TextConfig(
+        **{**SMALL, "num_hidden_layers": 3, "initializer_range": 0.1},
+        head_dim=48,
+        layer_types=["linear_attention", "linear_attention", "full_attention"],
+        linear_num_key_heads=2,
+        linear_num_value_heads=4,
+        linear_key_head_dim=16,
+        linear_value_head_dim=64,
+        partial_rotary_factor=0.25,
+    ),
 }
 
 
@@ -57,8 +68,10 @@ def build(family: str) -> transformers.PreTrainedModel:
         for name, parameter in model.named_parameters():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            elif name.endswith(("bias", "A_log")):
                 parameter.normal_(0.0, 0.5)
+            elif "conv1d" in name:
+                parameter.normal_()
     return model.to(DEVICE)
 
 
@@ -142,6 +155,15 @@ def test_exact_step_equals_float64_model(family: str, tokens: torch.Tensor) -> N
     # activations and centroids are rounded to fp16 (2**-11) at every product of the chain
     assert np.abs(got - expected).max() <= 2**-7 * expected.std()
     assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+def test_linear_attention_after_a_prompt_of_any_length(tokens: torch.Tensor) -> None:
+    """Shorter and longer than the convolution, whose last inputs the step keeps in a ring."""
+    model = quantize(build("qwen3_5"), {}, "exact")
+    expected = all_logits(dequantized(model), tokens)
+    for prefill in (1, 2, 4, 7):
+        got = stepped_logits(model, tokens, prefill)
+        assert np.abs(got - expected[prefill:]).max() <= 2**-7 * expected.std()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
