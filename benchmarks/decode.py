@@ -150,10 +150,10 @@ def measure_generate(args: argparse.Namespace, mode: str, device: torch.device) 
     model = make_model(args, mode, length, device)
     tokenizer = SimpleNamespace(eos_token_id=None)
     language_model = LanguageModel(model, tokenizer)
-    prompt = torch.randint(0, model.config.vocab_size, (args.context,)).tolist()
     sampling = Sampling() if args.greedy else Sampling(temperature=0.7, top_p=0.9)
     timings = []
     for _ in range(REPEATS + 1):
+        prompt = torch.randint(0, model.config.vocab_size, (args.context,)).tolist()  # a new one: nothing is cached
         assert sum(1 for _ in language_model.generate_tokens(prompt, args.tokens, sampling)) == args.tokens
         timings.append(language_model.timing)
     weights, cache = weight_bytes(model), cache_bytes(model.config, length)

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import warnings
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
 from typing import TYPE_CHECKING, Protocol
 
 import torch
-from transformers import StaticCache
+from transformers import DynamicCache, StaticCache
 from transformers.cache_utils import StaticLayer, StaticSlidingWindowLayer
 
 from hlwq_cuda.layers import HLWQExperts
@@ -50,9 +50,13 @@ class Step(Protocol):
 
     token: torch.Tensor  # int64 [1], the token to run
     position: torch.Tensor  # int64 [1], its index
+    rewinds: bool  # whether the cache can go back to fewer tokens; the states of linear attention cannot
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
-        """Fill the empty cache with a prompt, int64 [1, L]; the logits of its last token, [vocabulary]."""
+    def prefill(self, ids: torch.Tensor, kept: int = 0) -> torch.Tensor:
+        """Fill the cache with a prompt, int64 [1, L], of which it holds the first `kept` tokens, and nothing else.
+
+        Returns the logits of its last token, [vocabulary]. `kept` above 0 needs a cache that rewinds.
+        """
         ...
 
     def run(self) -> torch.Tensor:
@@ -70,15 +74,21 @@ class ModuleStep:
         self.token = torch.zeros(1, dtype=torch.int64, device=model.device)
         self.position = torch.zeros_like(self.token)
         self._cache = static_cache(model, max_length)
+        self._cache_name = cache_argument(model)
+        self.rewinds = all(isinstance(layer, StaticLayer) for layer in self._cache.layers)
         self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in signature(model.forward).parameters else {}
         self._has_experts = any(isinstance(module, HLWQExperts) for module in model.modules())
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: torch.Tensor, kept: int = 0) -> torch.Tensor:
         """See Step."""
-        self._cache.reset()
+        if kept:
+            for layer in self._cache.layers:
+                layer.cumulative_length.fill_(kept)
+        else:
+            self._cache.reset()
         if self._has_experts:
             self._model.set_experts_implementation("eager")  # decodes each expert that is used once
-        logits = self._forward(ids)
+        logits = self._forward(ids[:, kept:])
         if self._has_experts:
             self._model.set_experts_implementation("batched_mm")  # no loop over experts that the host must count
         self.position.fill_(ids.shape[1])
@@ -89,7 +99,8 @@ class ModuleStep:
         return self._forward(self.token[None])
 
     def _forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return self._model(ids, past_key_values=self._cache, use_cache=True, **self._last_only).logits[0, -1]
+        cache = {self._cache_name: self._cache}
+        return self._model(ids, **cache, use_cache=True, **self._last_only).logits[0, -1]
 
 
 class FusedModelStep:
@@ -101,13 +112,17 @@ class FusedModelStep:
         from hlwq_cuda.step import FusedStep
 
         self._model, self._step = model, FusedStep(model, max_length)
-        self.token, self.position = self._step.token, self._step.position
+        self.token, self.position, self.rewinds = self._step.token, self._step.position, self._step.rewinds
 
-    def prefill(self, ids: torch.Tensor) -> torch.Tensor:
+    def prefill(self, ids: torch.Tensor, kept: int = 0) -> torch.Tensor:
         """See Step."""
-        output = self._model(ids, use_cache=True, logits_to_keep=1)
-        self._step.load_cache(output.past_key_values)
-        return output.logits[0, -1]
+        cache = DynamicCache(config=self._model.config)
+        if kept:
+            self._step.copy_cache(cache, kept)
+        named = {cache_argument(self._model): cache}
+        logits = self._model(ids[:, kept:], **named, use_cache=True, logits_to_keep=1).logits[0, -1]
+        self._step.load_cache(cache)
+        return logits
 
     def run(self) -> torch.Tensor:
         """See Step."""
@@ -123,17 +138,24 @@ class Decoder:
         self._on_gpu = model.device.type == "cuda"
         self._sampler = make_sampler(model)
         self._graphs: dict[bool, torch.cuda.CUDAGraph | None] = {}  # by whether the choice is greedy
+        self._held: list[int] = []  # the tokens in the cache, as far as the host knows
+        self.kept = 0  # tokens at the beginning of the last prompt that the cache held already
 
     @torch.no_grad()
-    def prefill(self, ids: torch.Tensor, sampling: Sampling) -> int:
-        """Read a prompt, int64 [1, L], and choose the first new token."""
+    def prefill(self, ids: Sequence[int], sampling: Sampling) -> int:
+        """Read a prompt, but for what it has in common with the last text, and choose the first new token."""
         self._sampler.set(sampling)
         self._greedy = sampling.temperature == 0
         if self._on_gpu and self._greedy not in self._graphs:
             self._graphs[self._greedy] = self._capture()
-        logits = self.step.prefill(ids.to(self.step.token.device))
+            self._held = []
+        self.kept = common_prefix(self._held, ids[:-1]) if self.step.rewinds else 0
+        self._held = []
+        logits = self.step.prefill(torch.tensor([list(ids)], device=self.step.token.device), self.kept)
+        self._held = list(ids)
         self._sampler.choose(logits, self.step.position, self.step.token)
-        return int(self.step.token)
+        self._newest = int(self.step.token)
+        return self._newest
 
     def tokens(self, count: int) -> Iterator[int]:
         """The next `count` tokens after the prompt's first; the caller stops when it has read the last it wants."""
@@ -142,9 +164,17 @@ class Decoder:
             self._advance()
             in_flight.append(self._copy_to_host())
             if len(in_flight) == _AHEAD:
-                yield _read(*in_flight.popleft())
+                yield self._read(*in_flight.popleft())
         while in_flight:
-            yield _read(*in_flight.popleft())
+            yield self._read(*in_flight.popleft())
+
+    def _read(self, host: torch.Tensor, event: torch.cuda.Event | None) -> int:
+        """A token that a step has made, from the one before it, which therefore is in the cache."""
+        if event is not None:
+            event.synchronize()
+        self._held.append(self._newest)
+        self._newest = int(host)
+        return self._newest
 
     @torch.no_grad()
     def _advance(self) -> None:
@@ -260,7 +290,12 @@ def static_cache(model: PreTrainedModel, max_length: int) -> StaticCache:
     return cache
 
 
-def _read(host: torch.Tensor, event: torch.cuda.Event | None) -> int:
-    if event is not None:
-        event.synchronize()
-    return int(host)
+def cache_argument(model: PreTrainedModel) -> str:
+    """What `model` calls its cache: transformers renamed `past_key_values` in 5.24."""
+    return "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
+
+
+def common_prefix(first: Sequence[int], second: Sequence[int]) -> int:
+    """Equal tokens at the beginning of both."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (one, other) in pairs if one != other), min(len(first), len(second)))

@@ -19,7 +19,7 @@ from hlwq_cuda.kernels.tables import INT8_MAX_BITS
 from hlwq_cuda.layers import HLWQWeight
 from hlwq_cuda.ops import MODES
 
-CACHE_STEP = 256  # tokens: a cache is a multiple of this, so that a chat reuses one for several turns
+CACHE_STEP = 4096  # tokens: a cache is a multiple of this or a smaller power of two, for several turns of a chat
 
 Prompt = str | Sequence[dict]  # text, or messages [{"role": ..., "content": ...}]
 
@@ -33,16 +33,18 @@ class Timing:
     """What one answer took."""
 
     prompt_tokens: int
+    cached_tokens: int  # of the prompt, in the cache since the last answer
     prompt_seconds: float  # to the first new token
     new_tokens: int
     new_seconds: float  # for all new tokens but the first
     peak_bytes: int  # of GPU memory allocated since loading; of the process on the CPU
 
     def __str__(self) -> str:
-        prefill = self.prompt_tokens / self.prompt_seconds
+        prefill = (self.prompt_tokens - self.cached_tokens) / self.prompt_seconds
+        cached = f" ({self.cached_tokens} cached)" if self.cached_tokens else ""
         decode = max(self.new_tokens - 1, 0) / self.new_seconds if self.new_seconds else 0.0
         return (
-            f"prompt: {self.prompt_tokens} tokens, {prefill:.1f} tokens/s; "
+            f"prompt: {self.prompt_tokens} tokens{cached}, {prefill:.1f} tokens/s; "
             f"answer: {self.new_tokens} tokens, {decode:.1f} tokens/s; peak memory {self.peak_bytes / 2**30:.2f} GiB"
         )
 
@@ -134,7 +136,7 @@ class LanguageModel:
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
         start = time.perf_counter()
-        token = decoder.prefill(torch.tensor([list(ids)]), sampling or Sampling())
+        token = decoder.prefill(ids, sampling or Sampling())
         first = last = time.perf_counter()
         count = 1
         try:
@@ -147,7 +149,8 @@ class LanguageModel:
                     return
                 yield token
         finally:
-            self.timing = Timing(len(ids), first - start, count, last - first, _peak_bytes(self.model.device))
+            peak = _peak_bytes(self.model.device)
+            self.timing = Timing(len(ids), decoder.kept, first - start, count, last - first, peak)
 
     def _decoder_for(self, prompt: int, new: int) -> Decoder:
         """The decoder, made anew when its cache is too short. PromptError when the model's context is."""
@@ -163,7 +166,7 @@ class LanguageModel:
             )
         if self._decoder is None or self._decoder.max_length < prompt + new:
             self._decoder = None  # its memory first
-            length = -(-(prompt + new) // CACHE_STEP) * CACHE_STEP
+            length = cache_length(prompt + new)
             length = min(length, context) if context is not None else length
             environment.check_memory(_cache_bytes(self.model, length), self.model.device, f"a cache of {length} tokens")
             self._decoder = Decoder(self.model, length)
@@ -175,6 +178,13 @@ class LanguageModel:
             found = getattr(config, "eos_token_id", None)
             ends.update(found if isinstance(found, (list, tuple)) else [found])
         return ends - {None}
+
+
+def cache_length(tokens: int) -> int:
+    """Room for at least so many tokens: grows by doubling, then by CACHE_STEP."""
+    if tokens > CACHE_STEP:
+        return -(-tokens // CACHE_STEP) * CACHE_STEP
+    return max(256, 1 << (tokens - 1).bit_length())
 
 
 def _load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:

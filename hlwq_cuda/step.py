@@ -11,7 +11,7 @@ stream stays in float32, and from compute capability 9.0 on each kernel starts w
 
     reason = FusedStep.supports(model, max_length)   # None, or why the model must take the general loop
     step = FusedStep(model, max_length)              # stacks weights, allocates the cache
-    step.load_cache(past_key_values)                 # of a prefill by the model itself, any Cache; sets `position`
+    step.load_cache(cache)                           # of a prefill by the model itself, any Cache; sets `position`
     step.token.fill_(token)
     logits = step.run()                              # [vocabulary], always the same buffer; extends the cache
     step.position += 1
@@ -126,12 +126,22 @@ class FusedStep:
                 return f"{place}: {error}"
         return None
 
-    def load_cache(self, past_key_values: Cache) -> None:
+    def load_cache(self, cache: Cache) -> None:
         """Copy what a prefill left, and set `position` to its length."""
-        length = int(past_key_values.get_seq_length())
-        for mixer, layer in zip(self._mixers, past_key_values.layers, strict=True):
+        length = int(cache.get_seq_length())
+        for mixer, layer in zip(self._mixers, cache.layers, strict=True):
             mixer.load(layer, length)
         self.position.fill_(length)
+
+    @property
+    def rewinds(self) -> bool:
+        """Whether `copy_cache` can serve: the states of linear attention cannot go back."""
+        return all(isinstance(mixer, AttentionMixer) for mixer in self._mixers)
+
+    def copy_cache(self, cache: Cache, length: int) -> None:
+        """Give the empty `cache` of transformers the first `length` tokens, to go on from there with a prompt."""
+        for index, (keys, values) in enumerate(self.cache[:, :, None, :, :length].unbind(0)):
+            cache.update(keys.clone(), values.clone(), index)
 
     def run(self) -> torch.Tensor:
         """Launch the step of `token` at `position`; returns `logits`."""

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from convert import packing, reference  # noqa: E402
 from convert.codebook import codebook  # noqa: E402
 from convert.format import ModuleSpec, default_block_size  # noqa: E402
+from hlwq_cuda.decode import cache_argument  # noqa: E402
 from hlwq_cuda.layers import HLWQEmbedding, HLWQLinear  # noqa: E402
 from hlwq_cuda.step import FusedStep  # noqa: E402
 from tests.triton_device import DEVICE  # noqa: E402
@@ -133,8 +134,9 @@ def stepped_logits(model: transformers.PreTrainedModel, tokens: torch.Tensor, pr
     step = FusedStep(model, LENGTH)
     step.cache.fill_(float("nan"))
     with torch.no_grad():
-        past = model(tokens[:, :prefill], use_cache=True).past_key_values
-        step.load_cache(past)
+        cache = transformers.DynamicCache(config=model.config)
+        model(tokens[:, :prefill], **{cache_argument(model): cache}, use_cache=True)
+        step.load_cache(cache)
         rows = []
         for token in tokens[0, prefill:]:
             step.token.fill_(token)
