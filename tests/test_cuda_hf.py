@@ -110,6 +110,42 @@ def test_layers_on_disk_compute_the_same(root: Path, tmp_path: Path):
     assert relative_error(logits(model), logits(load(directory, dtype=torch.float32))) < FP16
 
 
+@pytest.mark.gpu
+def test_layers_on_disk_run_on_the_gpu(root: Path, tmp_path: Path):
+    directory = converted("llama", root)
+    places = {"model.embed_tokens": 0, "lm_head": 0, "model.norm": 0, "model.rotary_emb": 0}
+    places |= {"model.layers.0": 0, "model.layers.1": "disk"}
+    model = load(directory, device_map=places, offload_folder=tmp_path / "offload", dtype=torch.float32)
+    hlwq_cuda.set_mode(model, "exact")
+    assert model.model.layers[1].mlp.up_proj.weight_codes.is_meta
+    with torch.no_grad():
+        found = model(IDS.cuda()).logits.double().cpu()
+    assert relative_error(found, logits(load(directory, dtype=torch.float32))) < 2 * FP16
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["exact", "int8"])
+def test_compiles_to_one_graph_on_the_gpu(mode: str, root: Path):
+    """By the default compiler of torch, for one row and for many; an int8 rounding may fall elsewhere."""
+    model = load(converted("llama", root), device_map="cuda", dtype=torch.float32)
+    hlwq_cuda.set_mode(model, mode)
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.no_grad():
+        for ids in (IDS.cuda(), IDS[:, :1].cuda()):
+            found, expected = (network(ids, use_cache=False).logits for network in (compiled, model))
+            assert relative_error(found, expected) < (
+                1e-5 if mode == "exact" else 2e-2
+            )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", FAMILIES)
+def test_saving_from_the_gpu_keeps_every_bit(family: str, root: Path, tmp_path: Path):
+    directory = converted(family, root)
+    load(directory, device_map="cuda").save_pretrained(tmp_path)
+    assert quantized_bytes(tmp_path) == quantized_bytes(directory)
+
+
 def test_device_map(root: Path):
     model = load(converted("qwen3", root), device_map="cpu", dtype=torch.float32)
     assert torch.equal(logits(model), logits(load(converted("qwen3", root), dtype=torch.float32)))

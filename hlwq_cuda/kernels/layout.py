@@ -33,7 +33,7 @@ import torch
 CHUNK = 32  # codes a lane decodes at a time
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # words a chunk, for each plane
 SIGNED_BITS = 4  # from this width on a code is stored as sign and magnitude
-_SLICE_CODES = 1 << 26  # codes converted at a time: bounds the temporary memory to a few hundred MB
+_SLICE_CODES = 1 << 24  # codes converted at a time: bounds the temporary memory to about 16 bytes for each, 270 MB
 
 
 class Field(NamedTuple):
