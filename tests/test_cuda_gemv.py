@@ -48,7 +48,8 @@ class Case:
 
     def run(self, activation, mode: str, body: str, bias=None, dtype=torch.float32) -> torch.Tensor:
         rows, spec = len(self.codes), self.spec
-        config = gemv.Config(2, 64, 2, True) if body == "gluon" else gemv.Config(1, 64 if ON_GPU else 4, 4, False)
+        # inline assembly takes whole units: a lane must hold one or more, as in every configuration of gemv.pick
+        config = gemv.Config(2, 64, 2, body == "gluon") if ON_GPU else gemv.Config(1, 4, 4, False)
         out = torch.full((rows,), float("nan"), dtype=dtype, device=DEVICE)
         weight = (self.codes, self.norms, self.table, bias, out, spec.bits, spec.block_size, mode)
         gemv.gemv(activation, *weight, config, LAUNCH, ptx=body != "plain")

@@ -160,12 +160,15 @@ def test_exact_step_equals_float64_model(family: str, tokens: torch.Tensor) -> N
 
 
 def test_linear_attention_after_a_prompt_of_any_length(tokens: torch.Tensor) -> None:
-    """Shorter and longer than the convolution, whose last inputs the step keeps in a ring."""
+    """Shorter and longer than the convolution, whose last inputs the step keeps in a ring.
+
+    The bound is wider because the model reads the prompt: on a GPU its convolution rounds to TF32.
+    """
     model = quantize(build("qwen3_5"), {}, "exact")
     expected = all_logits(dequantized(model), tokens)
     for prefill in (1, 2, 4, 7):
         got = stepped_logits(model, tokens, prefill)
-        assert np.abs(got - expected[prefill:]).max() <= 2**-7 * expected.std()
+        assert np.abs(got - expected[prefill:]).max() <= 2**-5 * expected.std()
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
