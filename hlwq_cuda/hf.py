@@ -287,8 +287,8 @@ def _finish(module: HLWQWeight) -> None:
     if module.weight_codes.device.type != "meta":
         module.prepare()
         return
-    hook = getattr(module, "_hf_hook", None)
-    module.make_table(getattr(hook, "execution_device", None) or "cpu")
+    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)  # may be 0, a GPU
+    module.make_table("cpu" if device is None else device)
 
 
 def _check_norms(model: PreTrainedModel) -> None:

@@ -17,7 +17,7 @@ tests=(
     "tests/test_cuda_dequantize.py -k '96-32 or 200-128'"
     "tests/test_cuda_attention.py"
     "tests/test_cuda_norm.py tests/test_cuda_rotate.py tests/test_cuda_sample.py tests/test_cuda_delta.py"
-    "tests/test_cuda_step.py -k 'exact_step or int8'"
+    "tests/test_cuda_step.py -k 'exact_step and (qwen2 or qwen3_5)'"
 )
 for tool in memcheck racecheck; do
     for i in "${!names[@]}"; do

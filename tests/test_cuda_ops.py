@@ -68,11 +68,17 @@ def test_linear_matches_reference(bits: int, mode: str, rows: int, block: int, w
     x, bias = x.double().numpy(), bias.double().numpy()
     weight, rotated = reference.decode_rotated(encoded, spec, codebook(bits)), reference.rotate(x, block)
     expected = rotated @ weight.T + bias
-    dense = DEVICE == "cuda" and ops.pick(rows, mode) == "dequantize"  # rounds to the activation's dtype, never int8
+    kernel = ops.pick(rows, mode, bits)
+    dense = DEVICE == "cuda" and kernel == "dequantize"  # rounds to the activation's dtype, never int8
     # else centroids and activations are rounded to fp16, and so are sums of eight products
     unit = torch.finfo(dtype).eps if dense else 2**-10
     bound = max(2 * unit, 2**-9) * (np.abs(rotated) @ np.abs(weight).T)
-    if mode == "int8" and not dense:  # half a step in every activation and centroid
+    if kernel == "prefill_int8":  # half a step in every activation and weight, one step a row
+        step = np.abs(rotated).max(-1) / 127
+        weight_step = codebook(bits)[-1] / 127 * encoded.norms.max(-1).astype(np.float64) * block**-0.5
+        bound = bound + np.outer(step / 2, np.abs(weight).sum(-1) + weight_step / 2 * weight.shape[1])
+        bound = bound + np.outer(np.abs(rotated).sum(-1), weight_step / 2)
+    elif mode == "int8" and not dense:  # half a step in every activation and centroid, one step a block
         step = np.abs(reference.blocks(rotated, block)).max(-1).repeat(block, -1) / 127
         change = np.abs(float_entries(table, bits, "int8").numpy() - np.array(codebook(bits))).max()
         norms = encoded.norms.astype(np.float64).repeat(block, -1) * block**-0.5
