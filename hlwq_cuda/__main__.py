@@ -32,7 +32,11 @@ def _parser() -> argparse.ArgumentParser:
     shared = argparse.ArgumentParser(add_help=False)
     add = shared.add_argument
     add("--model", required=True, help="an HLWQ directory made with --target cuda, or a Hub repository that is one")
-    add("--max-new-tokens", type=_positive, default=512, help="tokens of an answer at most (default 512)")
+    add(
+        "--max-new-tokens",
+        type=_positive,
+        help="tokens of an answer at most (default 512, or what the context has left)",
+    )
     add("--temperature", type=float, default=0.0, help="0, the default, takes the likeliest token")
     add("--top-p", type=float, default=1.0, help="draw from the likeliest tokens that reach this probability")
     add("--seed", type=int, default=0, help="equal seeds give equal answers")

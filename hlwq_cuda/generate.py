@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from hlwq_cuda.kernels.tables import INT8_MAX_BITS
 from hlwq_cuda.layers import HLWQWeight
 from hlwq_cuda.ops import MODES
 
+NEW_TOKENS = 512  # of an answer at most, unless the caller says how many
 CACHE_STEP = 4096  # tokens: a cache is a multiple of this or a smaller power of two, for several turns of a chat
 
 Prompt = str | Sequence[dict]  # text, or messages [{"role": ..., "content": ...}]
@@ -99,24 +100,27 @@ class LanguageModel:
         return ", ".join([*parts, *([self._decoder.step.name] if self._decoder else [])])
 
     def generate(
-        self, prompt: Prompt, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> str:
         """The answer to `prompt` as one string."""
         return "".join(self.stream(prompt, max_new_tokens, temperature, top_p, seed))
 
     def stream(
-        self, prompt: Prompt, max_new_tokens: int = 256, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0
+        self,
+        prompt: Prompt,
+        max_new_tokens: int | None = None,  # None: NEW_TOKENS, or what the context has left
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int = 0,
     ) -> Iterator[str]:
         """The answer piece by piece, each of whole characters; `timing` is set at the end."""
-        pending: list[int] = []
-        for token in self.generate_tokens(self.encode(prompt), max_new_tokens, Sampling(temperature, top_p, seed)):
-            pending.append(token)
-            text = self.tokenizer.decode(pending, skip_special_tokens=True)
-            if text and not text.endswith("�"):  # else a character's bytes are still to come
-                yield text
-                pending = []
-        if pending:
-            yield self.tokenizer.decode(pending, skip_special_tokens=True)
+        tokens = self.generate_tokens(self.encode(prompt), max_new_tokens, Sampling(temperature, top_p, seed))
+        return text_pieces(self.tokenizer, tokens)
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Token ids of a prompt: through the chat template where the tokenizer has one."""
@@ -128,10 +132,11 @@ class LanguageModel:
         return self.tokenizer.encode(text)
 
     def generate_tokens(
-        self, ids: Sequence[int], max_new_tokens: int, sampling: Sampling | None = None
+        self, ids: Sequence[int], max_new_tokens: int | None = None, sampling: Sampling | None = None
     ) -> Iterator[int]:
         """New tokens up to `max_new_tokens` or the end of the text, which is not among them."""
-        decoder = self._decoder_for(len(ids), max_new_tokens)
+        max_new_tokens = self._check_lengths(len(ids), max_new_tokens)
+        decoder = self._decoder_for(len(ids) + max_new_tokens)
         ends = self._end_tokens()
         if self.model.device.type == "cuda":
             torch.cuda.synchronize()
@@ -152,22 +157,31 @@ class LanguageModel:
             peak = _peak_bytes(self.model.device)
             self.timing = Timing(len(ids), decoder.kept, first - start, count, last - first, peak)
 
-    def _decoder_for(self, prompt: int, new: int) -> Decoder:
-        """The decoder, made anew when its cache is too short. PromptError when the model's context is."""
-        if prompt == 0 or new < 1:
-            raise PromptError(
-                "the prompt is empty" if prompt == 0 else f"max_new_tokens is {new}; it must be 1 or more"
-            )
-        context = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if context is not None and prompt + new > context:
+    @property
+    def _context(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+    def _check_lengths(self, prompt: int, new: int | None) -> int:
+        """How many new tokens there may be. PromptError when the model's context is too short."""
+        if prompt == 0:
+            raise PromptError("the prompt is empty")
+        if new is None:
+            new = NEW_TOKENS if self._context is None else max(1, min(NEW_TOKENS, self._context - prompt))
+        if new < 1:
+            raise PromptError(f"max_new_tokens is {new}; it must be 1 or more")
+        if self._context is not None and prompt + new > self._context:
             raise PromptError(
                 f"the prompt has {prompt} tokens and {new} new ones are asked for, but the model's context has "
-                f"{context}; shorten the prompt or ask for fewer"
+                f"{self._context}; shorten the prompt or ask for fewer"
             )
-        if self._decoder is None or self._decoder.max_length < prompt + new:
+        return new
+
+    def _decoder_for(self, tokens: int) -> Decoder:
+        """The decoder, made anew when its cache is too short."""
+        if self._decoder is None or self._decoder.max_length < tokens:
             self._decoder = None  # its memory first
-            length = cache_length(prompt + new)
-            length = min(length, context) if context is not None else length
+            length = cache_length(tokens)
+            length = length if self._context is None else min(length, self._context)
             environment.check_memory(_cache_bytes(self.model, length), self.model.device, f"a cache of {length} tokens")
             self._decoder = Decoder(self.model, length)
         return self._decoder
@@ -178,6 +192,29 @@ class LanguageModel:
             found = getattr(config, "eos_token_id", None)
             ends.update(found if isinstance(found, (list, tuple)) else [found])
         return ends - {None}
+
+
+def text_pieces(tokenizer: PreTrainedTokenizerBase, tokens: Iterable[int]) -> Iterator[str]:
+    """The text of `tokens` as they come, in pieces of whole characters.
+
+    A token's text may depend on the one before it (a space that belongs to a word is dropped at the start of a text),
+    so each piece is what a token adds to the text of the piece before.
+    """
+    ids: list[int] = []
+    start = shown = 0  # ids[start:shown] is the piece before
+
+    def piece() -> str:
+        before, now = (tokenizer.decode(ids[start:end], skip_special_tokens=True) for end in (shown, len(ids)))
+        return now[len(before) :]
+
+    for token in tokens:
+        ids.append(token)
+        text = piece()
+        if text and not text.endswith("�"):  # else a character's bytes are still to come
+            yield text
+            start, shown = shown, len(ids)
+    if shown < len(ids):
+        yield piece()
 
 
 def cache_length(tokens: int) -> int:

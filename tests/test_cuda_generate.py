@@ -87,6 +87,32 @@ def test_an_answer_is_its_pieces(llama):
     assert llama.timing.new_tokens == NEW and llama.timing.peak_bytes > 2**20
 
 
+def test_pieces_keep_the_spaces_between_words():
+    """With a tokenizer of Llama's kind, which drops the first space of a text; and bytes that make one letter."""
+    from tokenizers import Tokenizer, decoders, models
+
+    words = ["\u2581The", "\u2581sea", "\u2581is", "<0xC3>", "<0xB6>", "de", "</s>"]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="</s>"))
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>")
+    assert list(generate.text_pieces(fast, [0, 1, 2, 3, 4, 5, 1])) == ["The", " sea", " is", "\u00f6", "de", " sea"]
+    assert list(generate.text_pieces(fast, [])) == []
+    assert "".join(generate.text_pieces(fast, [0, 3])) == "The\ufffd"  # the text ends within a letter
+
+
+def test_an_answer_fills_the_context_at_most(root: Path):
+    """Unless a number of tokens is asked for, which must fit."""
+    model = hlwq_cuda.load(converted("llama", root), device="cpu")
+    model.tokenizer.eos_token_id = model.model.generation_config.eos_token_id = None
+    model.model.config.eos_token_id = None
+    assert sum(1 for _ in model.generate_tokens([5] * 500)) == 12
+    with pytest.raises(generate.PromptError, match="500 tokens and 13 new ones are asked for"):
+        next(model.generate_tokens([5] * 500, 13))
+    with pytest.raises(generate.PromptError, match="the prompt has 512 tokens"):
+        next(model.generate_tokens([5] * 512))
+
+
 def test_the_chat_template_is_used(llama):
     text = "<|user|>Hi<|end|><|assistant|>"
     assert llama.tokenizer.decode(llama.encode("Hi")) == text

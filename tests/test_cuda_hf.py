@@ -93,6 +93,13 @@ def test_quantizing_on_load_gives_the_converters_codes(family: str, root: Path, 
     assert (saved.modules, saved.codebooks) == (expected.modules, expected.codebooks)
 
 
+@pytest.mark.gpu
+def test_quantizing_on_load_to_the_gpu_gives_the_converters_codes(root: Path, tmp_path: Path):
+    config = hlwq_cuda.HLWQConfig(bits=4, encoder="plain")
+    load(source("llama", root), quantization_config=config, device_map="cuda").save_pretrained(tmp_path)
+    assert quantized_bytes(tmp_path) == quantized_bytes(converted("llama", root, "--encoder", "plain"))
+
+
 def test_tied_head_shares_the_embeddings_codes(root: Path):
     model = load(converted("llama", root))
     embedding, head = model.model.embed_tokens, model.lm_head
