@@ -8,7 +8,8 @@ Every figure is the median over CUDA-graph replays with weights rotated past the
 the bytes of the weight over the time, relative to what a kernel that only reads reaches on the same GPU. A result is
 checked before it is timed: a layer whose product is further from the unquantized one than its grid explains is reported
 as wrong. Up to 64 rows our kernels take rotated activations, as in the fused decode step, where the rotation is part of
-the kernel before; from 65 rows on the figure is the whole op. Peers: benchmarks/cuda_peers.py.
+the kernel before; from 65 rows on the figure is the whole op. Peers: benchmarks/cuda_peers.py; a peer that is not
+installed or fails is reported as such. MLX's affine 4-bit layers are timed beside ours by benchmarks.mlx_cuda.
 """
 
 from __future__ import annotations

@@ -30,7 +30,7 @@ def draw(result: dict, path: Path) -> None:
     import matplotlib
 
     matplotlib.use("agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     timed = [record for record in result["records"] if "us" in record and record["m"] <= 64]
     rows = sorted({record["m"] for record in timed})
@@ -47,9 +47,10 @@ def draw(result: dict, path: Path) -> None:
                 axis.plot(*zip(*points, strict=True), marker, ms=8 if ours else 6, alpha=1 if ours else 0.6, label=name)
         axis.set(xscale="log", yscale="log", title=f"M = {m}", xlabel="MB of weights read")
         axis.grid(True, which="both", alpha=0.2)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.yaxis.set_minor_formatter("{x:g}")
-        axis.xaxis.set_major_formatter("{x:g}")
+        for scale in (axis.xaxis, axis.yaxis):
+            scale.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            scale.set_major_formatter("{x:g}")
+            scale.set_minor_formatter("")
     axes[0][0].set_ylabel("microseconds")
     axes[0][-1].legend(fontsize=8)
     shapes = ", ".join(dict.fromkeys(f"{r['n']}x{r['k']}" for r in timed))
