@@ -84,7 +84,7 @@ def test_instruction_counts_are_as_documented():
 
 @pytest.mark.parametrize(("bits", "mode"), MODES)
 def test_dot_product_of_a_unit(bits: int, mode: str):
-    """Both texts of dot.py: operands in the order that its docstring promises, and the sum in element 0."""
+    """The texts of dot.py: operands in the order that its docstring promises, and the sum in element 0."""
     codes = units_with_every_code(bits)
     state = registers(bits, mode, codes)
     facts = dot.describe(bits, mode)
@@ -100,27 +100,30 @@ def test_dot_product_of_a_unit(bits: int, mode: str):
         products = np.array(codebook(bits)).astype(np.float16).astype(np.float64)[codes] * x
         expected, tolerance = products.sum(-1), 2**-10 * np.abs(products).sum(-1)  # sums of eight in fp16
 
-    operands = [state[f"q{i}"] for i in range(facts.width)]
+    codes_in = [state[f"q{i}"] for i in range(facts.width)]
     for i in range(facts.second):
-        operands += [state[f"r{i}"]] * facts.width
-    loads = []  # the address of the table; the simulator has no memory, and the lanes are in `state`
-    if not facts.table_words:
-        loads = decode.load_lanes(bits, f"${facts.activations + len(operands)}")
-        operands += [np.zeros_like(operands[0])] * facts.width
-    for i in range(facts.table_words):
-        operands += [state[f"t{i}"]] * facts.width
-    after = run_text(facts.decoder, facts.activations, operands, state, loads)
-    entries = [after[f"${i}"] for i in range(facts.activations)]
-
+        codes_in += [state[f"r{i}"]] * facts.width
     words = np.ascontiguousarray(x).view(np.uint32)
     activations = [words[..., m] for m in range(facts.activations)]
-    after = run_text(facts.product, facts.width, entries + activations, {}, [])
-    assert (np.abs(after["$0"].view(np.float32) - expected) <= tolerance).all()
+    table = [state[f"t{i}"] for i in range(facts.table_words) for _ in range(facts.width)]
 
+    def run_text(text: tuple[str, str], results: int, operands: list[np.ndarray], with_table: bool) -> list[np.ndarray]:
+        """The results of (PTX, constraints); the table's address has no memory behind it: its lanes are in `state`."""
+        asm, constraints = text
+        loads: list[str] = []
+        if with_table and not table:
+            loads = decode.load_lanes(bits, f"${results + len(operands)}")
+            operands = operands + [np.zeros_like(operands[0])] * facts.width
+        elif with_table:
+            operands = operands + table
+        assert len(constraints.split(",")) == results + len(operands)
+        lines = [line for line in asm.strip("{}\n").splitlines() if line not in loads]
+        after = ptx_simulator.run(lines, state | {f"${results + i}": word for i, word in enumerate(operands)})
+        return [after[f"${i}"] for i in range(results)]
 
-def run_text(text: tuple[str, str], results: int, operands: list, state: dict, left_out: list[str]) -> dict:
-    """Run (PTX, constraints) of dot.py, whose operands follow `results` outputs."""
-    asm, constraints = text
-    assert len(constraints.split(",")) == results + len(operands)
-    lines = [line for line in asm.strip("{}\n").splitlines() if line not in left_out]
-    return ptx_simulator.run(lines, state | {f"${results + i}": word for i, word in enumerate(operands)})
+    whole = run_text(facts.whole, facts.width, codes_in + activations, True)
+    entries = run_text(facts.decoder, facts.activations, codes_in, True)
+    product = run_text(facts.product, facts.width, entries + activations, False)
+    for results in (whole, product):
+        assert (np.abs(results[0].view(np.float32) - expected) <= tolerance).all()
+        assert not any(rest.any() for rest in results[1:])

@@ -135,8 +135,7 @@ def _dot_ptx(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.co
     second_words: tl.constexpr = dot.second
     table_words: tl.constexpr = dot.table_words
     tensors: tl.constexpr = dot.activations // dot.width
-    decoder: tl.constexpr = dot.decoder
-    product: tl.constexpr = dot.product
+    text: tl.constexpr = dot.whole
     e = tl.arange(0, width)[None, None, :]
     ok = inside[None, :, None]
     base = codes + row[:, None, None] * (KP * BITS // 32)
@@ -144,20 +143,14 @@ def _dot_ptx(values, codes, table, row, u, inside, KP: tl.constexpr, BITS: tl.co
     for word in tl.static_range(second_words):
         second = base + (KP // dot.codes) * width + (u * second_words + word)[None, :, None] + 0 * e
         operands = operands + (tl.load(second, mask=ok, other=0),)
+    for tensor in tl.static_range(tensors):
+        words = u[None, :, None] * dot.activations + tensor * width + e
+        operands = operands + (tl.load(values + words, mask=ok, other=0),)
     for word in tl.static_range(table_words):
         operands = operands + (tl.load(table + dot.table_start + word),)
     if table_words == 0:
         operands = operands + (table.to(tl.int64),)
-    entries = tl.inline_asm_elementwise(
-        decoder[0], decoder[1], operands, dtype=(tl.int32,) * tensors, is_pure=True, pack=width
-    )
-    activations = ()
-    for tensor in tl.static_range(tensors):
-        words = u[None, :, None] * dot.activations + tensor * width + e
-        activations = activations + (tl.load(values + words, mask=ok, other=0),)
-    sums = tl.inline_asm_elementwise(
-        product[0], product[1], entries + activations, dtype=tl.float32, is_pure=True, pack=width
-    )
+    sums = tl.inline_asm_elementwise(text[0], text[1], operands, dtype=tl.float32, is_pure=True, pack=width)
     if width == 4:
         sums, _ = tl.split(tl.reshape(sums, [sums.shape[0], sums.shape[1], 2, 2]))
     sums, _ = tl.split(sums)
