@@ -52,7 +52,8 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
         rotated = rotate_kernels.rotate(rows, block_size, launch)
         prefill.multiply(rotated, *weight, out, bits, block_size)
     elif kernel == "prefill_int8":
-        tile = prefill_int8.pick(len(rows), torch.cuda.get_device_capability(x.device))
+        capability = torch.cuda.get_device_capability(x.device)
+        tile = prefill_int8.pick(len(rows), len(codes), multiprocessors(x.device), capability)
         prefill_int8.multiply(rows, *weight, out, bits, block_size, tile, launch)
     else:
         activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)

@@ -52,7 +52,7 @@ def main(capability: int, bits: int, mode: str, block: int, width: int) -> None:
         recorder = Recorder(prefill_int8, "product_kernel")
         with recorder:
             values, scales = empty(ROWS, width, dtype=torch.int8), empty(ROWS)
-            tile = prefill_int8.pick(2048, (capability // 10, capability % 10))
+            tile = prefill_int8.pick(2048, 4096, 132, (capability // 10, capability % 10))
             prefill_int8.product(values, units, scales, steps, None, out, tile)
         report("product", recorder, capability)
 

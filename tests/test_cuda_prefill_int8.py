@@ -29,7 +29,9 @@ if ON_GPU:
     SHAPES += [(257, 4096, 128), (64, 8992, 32), (70, 12288, 128)]
 PRODUCTS = [(33, 40, 96), (16, 17, 64)] + ([(300, 520, 4096), (65, 1000, 1120)] if ON_GPU else [])  # M, N, K
 SMALL = prefill_int8.Tile(16, 16, 32, 1, 1)
-TILES = [prefill_int8.pick(rows, torch.cuda.get_device_capability()) for rows in (65, 2048)] if ON_GPU else [SMALL]
+TILES = [SMALL]
+if ON_GPU:
+    TILES = [prefill_int8.pick(rows, 4096, 132, torch.cuda.get_device_capability()) for rows in (65, 2048)]
 
 
 def weight(bits: int, outputs: int, width: int, block: int):
@@ -139,9 +141,12 @@ def test_whole_product(bits, rows, outputs, width, block, with_bias, monkeypatch
 
 
 def test_tiles():
-    assert prefill_int8.pick(2048, (9, 0)).stages == 4
+    assert (
+        prefill_int8.pick(2048, 4096, 132, (9, 0)).outputs == prefill_int8.pick(512, 24576, 132, (9, 0)).outputs == 256
+    )
+    assert prefill_int8.pick(512, 4096, 132, (9, 0)).rows == prefill_int8.pick(65, 24576, 132, (9, 0)).rows == 64
     for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)):
-        for rows in (65, 512, 513, 4096):
-            tile = prefill_int8.pick(rows, capability)
+        for rows in (65, 512, 4096):
+            tile = prefill_int8.pick(rows, 12288, 132, capability)
             shared = (tile.rows + tile.outputs) * tile.width * tile.stages
             assert shared <= (227 if capability[0] in (9, 10) else 99) * 1024

@@ -36,11 +36,16 @@ class Tile(NamedTuple):
     stages: int
 
 
-def pick(rows: int, capability: tuple[int, int]) -> Tile:
-    """The tile for M = `rows` on a GPU of this compute capability (measured on an H100: docs/measurements.md)."""
-    if capability[0] in (9, 10):  # 227 KB of shared memory
-        return Tile(128, 256, 128, 8, 4) if rows > 512 else Tile(64, 128, 128, 4, 4)
-    return Tile(128, 128, 64, 8, 3)  # 48 KB
+def pick(rows: int, outputs: int, processors: int, capability: tuple[int, int]) -> Tile:
+    """The tile for [M, N] = [`rows`, `outputs`] on a GPU of so many multiprocessors and this compute capability.
+
+    On an H100 the large tile is best where there is one for every multiprocessor (docs/measurements.md).
+    """
+    if capability[0] not in (9, 10):
+        return Tile(128, 128, 64, 8, 3)  # 48 KB of shared memory
+    large = Tile(128, 256, 128, 8, 4)  # 192 KB
+    tiles = triton.cdiv(rows, large.rows) * triton.cdiv(outputs, large.outputs)
+    return large if tiles >= processors else Tile(64, 128, 128, 4, 4)
 
 
 def multiply(
