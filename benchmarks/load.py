@@ -32,8 +32,11 @@ REPEATS = 3
 SHARD_BYTES = 2 << 30
 
 
-def write_random(shape: str, bits: int, directory: Path) -> None:
-    """An HLWQ directory of `shape` with random codes: linear layers and head quantized, the embedding bf16."""
+def write_random(shape: str, bits: int, directory: Path, device: str = "cuda") -> None:
+    """An HLWQ directory of `shape` with random codes: linear layers and head quantized, the embedding bf16.
+
+    device: where random numbers are made.
+    """
     config = make_config(shape, 4096)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
@@ -42,12 +45,12 @@ def write_random(shape: str, bits: int, directory: Path) -> None:
     tensors: dict[str, torch.Tensor] = {}
     for name, spec in specs.items():
         rows = linears[name].out_features
-        words = torch.randint(-(2**31), 2**31, (rows, spec.words), dtype=torch.int32, device="cuda")
+        words = torch.randint(-(2**31), 2**31, (rows, spec.words), dtype=torch.int32, device=device)
         tensors[codes_name(name)] = words.cpu().view(torch.uint32)
         tensors[norms_name(name)] = torch.empty(rows, spec.blocks, dtype=torch.float16).uniform_(0.1, 0.3)
     for name, parameter in model.named_parameters():
         if name.removesuffix(".weight") not in specs:
-            tensors[name] = torch.empty(parameter.shape, dtype=torch.bfloat16, device="cuda").normal_(0, 0.02).cpu()
+            tensors[name] = torch.empty(parameter.shape, dtype=torch.bfloat16, device=device).normal_(0, 0.02).cpu()
     block_size = default_block_size(config.hidden_size)
     quantization = QuantizationConfig(bits, block_size, {bits: tuple(codebook(bits))}, specs).to_dict()
     directory.mkdir(parents=True, exist_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = _parser().parse_args(argv)
+    import torch
+
     from hlwq_cuda.checkpoint import USER_ERRORS
     from hlwq_cuda.decode import SamplingError
     from hlwq_cuda.environment import DeviceError
@@ -23,6 +26,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (*USER_ERRORS, DeviceError, PromptError, SamplingError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except torch.OutOfMemoryError as error:  # the model and its cache fitted: a long prompt needs more while it is read
+        reason = str(error).split(". ")[0]
+        print(f"error: {reason}; shorten the prompt, close what else uses the GPU, or use device cpu", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # whatever reads our output, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter complains as it ends
+        return 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130

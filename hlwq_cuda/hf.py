@@ -32,6 +32,7 @@ from hlwq_cuda.checkpoint import (
     plan_quantization,
     refuse_mlx,
 )
+from hlwq_cuda.kernels.layout import CONVERSION_BYTES
 from hlwq_cuda.layers import HLWQEmbedding, HLWQExperts, HLWQLinear, HLWQWeight
 from hlwq_cuda.placement import (
     HLWQScaledEmbedding,
@@ -119,7 +120,8 @@ class HLWQQuantizer(HfQuantizer):
             _check_directory(model, directory, self.places, self.modules)
         devices = list(environment.devices_of(device_map))
         if len(devices) == 1:
-            environment.check_memory(_loaded_bytes(model, self.modules), devices[0], type(model).__name__)
+            needed = _loaded_bytes(model, self.modules) + CONVERSION_BYTES
+            environment.check_memory(needed, devices[0], f"loading {type(model).__name__}")
 
         by_path = {place.path: self.modules[key] for key, place in self.places.items()}
         replaced = [*by_path, *(name.removesuffix(".weight") for name in model.all_tied_weights_keys)]

@@ -93,7 +93,16 @@ def test_too_little_memory(directory: Path, capsys, monkeypatch):
     """Found before a weight is read: the fake GPU could hold none."""
     fake_gpu(monkeypatch, free=2**16)
     message = failure(capsys, "--model", str(directory), "--device", "cuda")
-    assert "LlamaForCausalLM needs 0.00 GiB and cuda:0 has 0.00 GiB free; close" in message
+    assert "loading LlamaForCausalLM needs 0.25 GiB and cuda:0 has 0.00 GiB free; close" in message
+
+
+def test_a_prompt_for_which_the_memory_does_not_last(directory: Path, capsys, monkeypatch):
+    def fail(*arguments, **named):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total ...")
+
+    monkeypatch.setattr("hlwq_cuda.generate.Decoder.prefill", fail)
+    message = failure(capsys, "--model", str(directory), "--device", "cpu")
+    assert message == "error: CUDA out of memory; shorten the prompt, close what else uses the GPU, or use device cpu"
 
 
 def test_unknown_device(directory: Path, capsys):

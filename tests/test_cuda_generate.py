@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from tests.hlwq_models import compare_greedy, converted, random_ids  # noqa: E40
 from tests.tiny_models import FAMILIES  # noqa: E402
 
 NEW = 24
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
@@ -185,6 +188,27 @@ def test_generate_on_the_command_line(root: Path, capsys):
     out, err = capsys.readouterr()
     assert out.strip()
     assert "tokens/s" in err and "peak memory" in err and "CPU, exact" in err
+
+
+def test_a_closed_pipe_is_no_error(root: Path):
+    """`generate ... | head -c 1`."""
+    command = [
+        sys.executable,
+        "-m",
+        "hlwq_cuda",
+        "generate",
+        "--model",
+        str(converted("llama", root)),
+        "--device",
+        "cpu",
+    ]
+    process = subprocess.Popen(
+        [*command, "--prompt", "Hi"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=REPOSITORY
+    )
+    process.stdout.read(1)
+    process.stdout.close()
+    err = process.stderr.read()
+    assert process.wait() == 0 and "Traceback" not in err and "BrokenPipe" not in err
 
 
 def test_chat_remembers_the_turns(root: Path, capsys, monkeypatch):
