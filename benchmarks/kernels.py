@@ -18,6 +18,7 @@ import argparse
 import json
 import platform
 import sys
+import time
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -81,8 +82,12 @@ def measure(shapes: list[tuple[int, int]], rows: list[int], only: list[str] | No
                 record = {"n": n, "k": k, "m": m, "name": name, **outcome}
                 records.append(record)
                 print(json.dumps(record), file=sys.stderr, flush=True)
+    names = f" --only {' '.join(map(repr, only))}" if only else ""
+    sizes = " ".join(f"{n}x{k}" for n, k in shapes)
     return {
         "gpu": torch.cuda.get_device_name(),
+        "date": time.strftime("%Y-%m-%d"),
+        "command": f"python -m benchmarks.kernels --shapes {sizes} --rows {' '.join(map(str, rows))}{names}",
         "read_bandwidth": bandwidth,
         "python": platform.python_version(),
         "libraries": {name: _version(name) for name in LIBRARIES},
