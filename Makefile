@@ -28,12 +28,13 @@ demo: $(VENV)/demo.done
 test: $(VENV)/test.done
 	$(BIN)/python -m pytest -n 2
 
+SITE := 'import site; print(site.getsitepackages()[0])'
+
 # the same packages but for transformers, which is the oldest that pyproject.toml allows
 test-oldest: $(VENV)/test.done
 	$(PYTHON) -m venv $(VENV)/oldest
 	$(VENV)/oldest/bin/pip install --quiet transformers==5.17.0
-	$(BIN)/python -c "import site; print(site.getsitepackages()[0])" \
-		> "$$($(VENV)/oldest/bin/python -c 'import site; print(site.getsitepackages()[0])')/others.pth"
+	echo "import site; site.addsitedir('$$($(BIN)/python -c $(SITE))')" > "$$($(VENV)/oldest/bin/python -c $(SITE))/rest.pth"
 	$(VENV)/oldest/bin/python -m pytest tests/test_cuda_*.py tests/test_cross_backend.py -n 2
 
 lint: $(VENV)/test.done
