@@ -134,6 +134,15 @@ def test_output_dtypes(dtype: torch.dtype, body: str):
     torch.testing.assert_close(out, expected, rtol=0 if ON_GPU else 2**-7, atol=0)
 
 
+def test_a_lane_takes_whole_units():
+    case = Case(4, 6, 128, 128)
+    activation = case.activation("exact")
+    out = torch.empty(6, device=DEVICE)
+    weight = (case.codes, case.norms, case.table, None, out, 4, 128, "exact")
+    with pytest.raises(ValueError, match="less than a unit"):
+        gemv.gemv(activation, *weight, gemv.Config(1, 64, 4, False), LAUNCH)
+
+
 def test_configurations():
     for rows, units in ((4096, 128), (24576, 128), (151936, 128), (1024, 128), (2048, 256), (7, 3), (131, 1000)):
         for processors in (20, 108, 132, 170):

@@ -186,6 +186,8 @@ def gemv(
     ptx: bool = True,
 ) -> None:
     """out = weight @ activation + bias."""
+    if (ptx or config.gluon) and config.units < 32 * config.warps:
+        raise ValueError(f"{config} gives a lane less than a unit, which inline assembly cannot take")
     rows = codes.shape[0]
     normed = activation.mean_squares is not None
     arguments = (activation.values.view(torch.int32), activation.scales, activation.half_sums)
