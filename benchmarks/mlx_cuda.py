@@ -4,8 +4,9 @@
 
 Random weights made on the device. Kernels: microseconds of one product in a chain where each input is the output before
 it, so that no two run at once, over more than 250 MB of different weights; "wall" counts what the host adds (building
-the graph in Python, launching), "gpu" is the busy time of the kernels alone, as torch.profiler reads it. Models:
-prefill and decode tokens/s of mlx_lm's generate_step, greedy.
+the graph in Python, launching), "gpu" is the busy time of the kernels alone, as torch.profiler reads it, without the
+copies that make the next input. Models:
+prefill and decode tokens/s of mlx_lm's generate_step, greedy, and what one token costs the host and the GPU.
 """
 
 from __future__ import annotations
@@ -17,22 +18,27 @@ import json
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.generate import generate_step
 from mlx_lm.models import qwen3, qwen3_5
+from mlx_lm.models.cache import make_prompt_cache
 
 from convert.codebook import codebook
 from convert.format import ModuleSpec
-from hlwq_mlx import cuda, kernels
+from hlwq_mlx import cuda
+from hlwq_mlx.kernels import kernels
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear
 from hlwq_mlx.siblings import link
+from hlwq_mlx.steps import compile_steps
 
 SHAPES = ((4096, 4096), (6144, 4096), (24576, 4096), (4096, 12288))  # N, K
 COLD_BYTES = 256e6  # more than the L2 cache holds
 REPEATS = 7
+PARTS = ("products", "prefill", "rows", "dense", "hybrid", "sweep")
 
 QWEN3_8B = qwen3.ModelArgs(
     model_type="qwen3",
@@ -84,16 +90,32 @@ def median_microseconds(step: Callable[[], mx.array], count: int) -> float:
     return round(1e6 * statistics.median(times), 2)
 
 
-def gpu_microseconds(step: Callable[[], mx.array], count: int) -> float:
-    """The GPU's busy time in one of the `count` products of `step`, all its kernels together."""
+class GpuTime(NamedTuple):
+    """Of the kernels that a step launches, as torch.profiler reads them; copies (a chain's slicing) apart."""
+
+    microseconds: float
+    kernels: int
+    copies: float  # microseconds
+
+
+def gpu_time(step: Callable[[], object], repeats: int = 1) -> GpuTime:
     from torch.profiler import ProfilerActivity, profile
 
-    mx.eval(step())
+    step()
     mx.synchronize()
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
-        mx.eval(step())
+        for _ in range(repeats):
+            step()
         mx.synchronize()
-    return round(sum(event.device_time_total for event in profiler.key_averages()) / count, 2)
+    events = [event for event in profiler.key_averages() if event.device_time_total]
+    copies = sum(event.device_time_total for event in events if "copy" in event.key.lower())
+    total, count = sum(event.device_time_total for event in events), sum(event.count for event in events)
+    return GpuTime((total - copies) / repeats, round(count / repeats), copies / repeats)
+
+
+def gpu_microseconds(step: Callable[[], mx.array], count: int) -> float:
+    """The GPU's busy time in one of the `count` products of `step`, without the copies between them."""
+    return round(gpu_time(lambda: mx.eval(step())).microseconds / count, 2)
 
 
 def chain(
@@ -114,11 +136,9 @@ def chain(
 
 
 def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, float]]:
-    """Microseconds of one product, every provider on the same shapes; `glue` is what the chain itself costs."""
+    """Microseconds of one product, every provider on the same shapes."""
     x = mx.random.normal((rows, columns)).astype(mx.float16)
-    chosen = cuda.decoder(codebook(4), 128)
-    spec = ModuleSpec(4, 128, columns)
-    product = kernels.product(codebook(4), spec, training=False)
+    ours = kernels(codebook(4), ModuleSpec(4, 128, columns))
     scale = columns**-0.5
     times: dict[str, dict[str, float]] = {}
 
@@ -141,9 +161,7 @@ def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, 
     def dense() -> tuple[mx.array]:
         return ((mx.random.normal((outputs, columns)) * scale).astype(mx.float16),)
 
-    add("hlwq", packed, product, 4.125)
-    if rows <= cuda.GEMV_MAX_ROWS:
-        add("hlwq, rotation apart", packed, lambda v, c, n: cuda.gemv(v, c, n, chosen), 4.125)
+    add("hlwq", packed, lambda v, c, n: ours.product(v, c, n)[0], 4.125)
     add(
         "affine",
         affine,
@@ -151,29 +169,25 @@ def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, 
         4.5,
     )
     add("fp16", dense, lambda v, w: v @ w.T, 16)
-    if outputs < columns:
-        glue = chain(lambda v, _: v[..., :outputs] * 1, x, 24, columns)
-        times["glue"] = {"wall": median_microseconds(glue, 24), "gpu": gpu_microseconds(glue, 24)}
     return times
 
 
 def sweep() -> dict[str, dict[str, float]]:
-    """The product of one row by outputs and threads of a thread block."""
-    saved = cuda._OUTPUTS, cuda._MAX_THREADS
+    """GPU microseconds of the product of one row by tiles of a thread block."""
+    saved = cuda._shape
     table = {}
     for outputs, columns in SHAPES:
-        row = {}
-        for cuda._OUTPUTS in (2, 4, 8):
-            for cuda._MAX_THREADS in (64, 128):
-                codes = [random_codes(outputs, columns, 4) for _ in range(int(COLD_BYTES / outputs / columns * 2) + 1)]
-                norms = mx.full((outputs, columns // 128), columns**-0.5, mx.float16)
-                x = mx.random.normal((1, columns)).astype(mx.bfloat16)
-                mx.eval(codes, norms, x)
-                chosen = cuda.decoder(codebook(4), 128)
-                step = chain(lambda v, i, c=codes, n=norms, d=chosen: cuda.gemv(v, c[i % len(c)], n, d), x, 24, columns)
-                row[f"{cuda._OUTPUTS}x{cuda._MAX_THREADS}"] = gpu_microseconds(step, 24)
-        table[f"{outputs}x{columns}"] = row
-    cuda._OUTPUTS, cuda._MAX_THREADS = saved
+        codes = [random_codes(outputs, columns, 4) for _ in range(int(COLD_BYTES / outputs / columns * 2) + 1)]
+        norms = mx.full((outputs, columns // 128), columns**-0.5, mx.float16)
+        x = mx.random.normal((1, columns)).astype(mx.float16)
+        mx.eval(codes, norms, x)
+        chosen = cuda.decoder(codebook(4), 128)
+        row = table[f"{outputs}x{columns}"] = {}
+        for tiles in sorted({1, 2, 3, saved(outputs, columns, 1)[1]}):
+            cuda._shape = lambda *_, tiles=tiles: (8, tiles)
+            step = chain(lambda v, i, c=codes, n=norms, d=chosen: cuda.product(v, c[i % len(c)], n, d), x, 24, columns)
+            row[str(tiles)] = gpu_microseconds(step, 24)
+    cuda._shape = saved
     return table
 
 
@@ -212,8 +226,31 @@ def fill(model: nn.Module, kind: str) -> None:
         nn.quantize(model, group_size=64, bits=4)
     model.eval()
     link(model.modules())
+    compile_steps(model.modules())
     for module in model.modules():
         mx.eval(module.parameters())
+
+
+def token_costs(model: nn.Module, step: mx.array) -> dict[str, float]:
+    """Milliseconds of one token: of the host to build the graph and to evaluate it, and of the GPU's kernels."""
+    cache = make_prompt_cache(model)
+    mx.eval(model(step, cache=cache))
+    graph, evaluate = [], []
+    for _ in range(20):
+        start = time.perf_counter()
+        y = model(step, cache=cache)
+        built = time.perf_counter()
+        mx.async_eval(y)
+        evaluate.append(time.perf_counter() - built)
+        graph.append(built - start)
+        mx.synchronize()
+    gpu = gpu_time(lambda: mx.eval(model(step, cache=cache)), 8)
+    return {
+        "host_graph_ms": round(1e3 * statistics.median(graph), 2),
+        "host_eval_ms": round(1e3 * statistics.median(evaluate), 2),
+        "gpu_ms": round((gpu.microseconds + gpu.copies) / 1e3, 2),
+        "gpu_kernels": gpu.kernels,
+    }
 
 
 def time_model(make: Callable[[], nn.Module], kind: str, prompt: int, tokens: int) -> dict[str, float]:
@@ -239,6 +276,7 @@ def time_model(make: Callable[[], nn.Module], kind: str, prompt: int, tokens: in
         "decode": round(statistics.median(decode[1:]), 1),
         "peak_gb": round(mx.get_peak_memory() / 1e9, 2),
         "bits_per_weight": round(8 * stored / count, 3),
+        **token_costs(model, ids[:1][None]),
     }
     del model
     gc.collect()
@@ -249,7 +287,13 @@ def time_model(make: Callable[[], nn.Module], kind: str, prompt: int, tokens: in
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", help="a JSON file")
-    parser.add_argument("--sweep", action="store_true", help="time other thread block shapes too")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        choices=PARTS,
+        default=("products", "prefill", "rows", "dense", "hybrid"),
+        help="parts to run",
+    )
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of the dense model")
     parser.add_argument("--hybrid-prompt", type=int, default=128, help="prompt tokens of the hybrid model")
     args = parser.parse_args()
@@ -266,19 +310,24 @@ def main() -> None:
             with open(args.output, "w", encoding="utf-8") as file:
                 json.dump(results, file, indent=1)
 
-    for kind in ("hlwq", "affine", "bf16"):
-        record(f"Qwen3-8B {kind}", time_model(lambda: qwen3.Model(QWEN3_8B), kind, args.prompt, 128))
-    for outputs, columns in SHAPES:
-        record(f"us {outputs}x{columns} M=1", time_products(outputs, columns, 1))
-    for outputs, columns in SHAPES:
-        record(f"us {outputs}x{columns} M=512", time_products(outputs, columns, 512))
-    record("launch_us", launch_costs())
-    for rows in (2, 4, 8):
-        record(f"us 4096x4096 M={rows}", time_products(4096, 4096, rows))
-    for kind in ("hlwq", "affine", "bf16"):
-        record(f"Qwen3.5-9B {kind}", time_model(lambda: qwen3_5.Model(QWEN35_9B), kind, args.hybrid_prompt, 128))
-    if args.sweep:
-        record("gpu us, outputs x threads", sweep())
+    if "dense" in args.only:
+        for kind in ("hlwq", "affine", "bf16"):
+            record(f"Qwen3-8B {kind}", time_model(lambda: qwen3.Model(QWEN3_8B), kind, args.prompt, 128))
+    if "products" in args.only:
+        for outputs, columns in SHAPES:
+            record(f"us {outputs}x{columns} M=1", time_products(outputs, columns, 1))
+        record("launch_us", launch_costs())
+    if "prefill" in args.only:
+        for outputs, columns in SHAPES:
+            record(f"us {outputs}x{columns} M=512", time_products(outputs, columns, 512))
+    if "rows" in args.only:
+        for rows in (2, 4, 8):
+            record(f"us 24576x4096 M={rows}", time_products(24576, 4096, rows))
+    if "hybrid" in args.only:
+        for kind in ("hlwq", "affine", "bf16"):
+            record(f"Qwen3.5-9B {kind}", time_model(lambda: qwen3_5.Model(QWEN35_9B), kind, args.hybrid_prompt, 128))
+    if "sweep" in args.only:
+        record("gpu us by tiles", sweep())
 
 
 if __name__ == "__main__":

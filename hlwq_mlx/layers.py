@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import mlx.nn as nn
 
-from hlwq_mlx import kernels, ops
+from hlwq_mlx import ops
+from hlwq_mlx.kernels import kernels
 
 if TYPE_CHECKING:
     from hlwq_mlx.checkpoint import ModuleSpec
@@ -43,6 +44,7 @@ class _Quantized(nn.Module):
         if bias:
             self.bias = mx.zeros(rows, dtype)
         self.codebook = tuple(codebook)
+        self._kernels = kernels(self.codebook, spec)
         self._table = ops.centroids(codebook, spec)  # "_": not a parameter
         self._kept: _Kept | None = None
         self.freeze()
@@ -57,10 +59,16 @@ class _Quantized(nn.Module):
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False)
 
+    _siblings: Siblings | None = None
+    _index = 0
+
+    def join(self, siblings: Siblings, index: int) -> None:
+        """Compute together with the other layers of `siblings`, as number `index`, where kernels are used."""
+        self._siblings, self._index = siblings, index
+
     def _path(self, dtype: mx.Dtype) -> ops.Path:
-        if mx.default_device().type == mx.DeviceType.cpu:
-            return ops.pick(mx.DeviceType.cpu, False)
-        return ops.pick(mx.DeviceType.gpu, kernels.work(self.codebook, self.spec, dtype))
+        device = mx.default_device().type
+        return ops.pick(device, device != mx.DeviceType.cpu and self._kernels.work(dtype))
 
     def _decoded(self) -> mx.array:
         """`ops.decode_for_cpu` of this layer, kept until the parameters are replaced."""
@@ -98,23 +106,18 @@ class _Matrix(_Quantized):
 
     def _multiply(self, x: mx.array) -> mx.array:
         path = self._path(x.dtype)
+        if path is ops.Path.KERNELS:
+            if self._siblings:
+                return self._siblings.compute(self._index, x)
+            # a module is a dict: looking arrays up in it is ten times as fast as by attribute
+            return self._kernels.product(x, self["weight_codes"], self["weight_norms"], (), self.training)[0]
         if path is ops.Path.DECODED:
             return ops.linear_decoded(x, self._decoded(), self.spec)
-        if path is ops.Path.KERNELS:
-            product = kernels.product(self.codebook, self.spec, self.training)
-            return product(x, self.weight_codes, self.weight_norms)
         return ops.linear(x, self.weight_codes, self.weight_norms, self._table, self.spec)
 
 
 class HLWQLinear(_Matrix):
     """y = x W^T + bias: float [..., K] -> [..., N]."""
-
-    _siblings: Siblings | None = None
-    _index = 0
-
-    def join(self, siblings: Siblings, index: int) -> None:
-        """Compute together with the other layers of `siblings`, as number `index`, where kernels are used."""
-        self._siblings, self._index = siblings, index
 
     def to_lora(self, r: int = 8, scale: float = 20.0, dropout: float = 0.0) -> nn.Module:
         """The layer with a low-rank adapter on top, as `mlx_lm.lora` asks for it."""
@@ -123,9 +126,8 @@ class HLWQLinear(_Matrix):
         return lora_linear(self, self.spec.in_features, self.weight_codes.shape[0], r, scale, dropout)
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self._siblings and self._path(x.dtype) is ops.Path.KERNELS:
-            y = self._siblings.multiply(self._index, x)
-        else:
+        y = self._siblings.take(self._index, x) if self._siblings else None
+        if y is None:
             y = self._multiply(x)
         return y + self.bias if "bias" in self else y
 
@@ -134,8 +136,9 @@ class HLWQEmbedding(_Matrix):
     """Rows of W: integer [...] -> [..., K]; `as_linear` is the output head of a model with tied embeddings."""
 
     def __call__(self, ids: mx.array) -> mx.array:
-        compute = kernels if self._path(self.dtype) is ops.Path.KERNELS else ops
-        return compute.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
+        if self._path(self.dtype) is ops.Path.KERNELS:
+            return self._kernels.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.dtype)
+        return ops.embedding(ids, self.weight_codes, self.weight_norms, self._table, self.spec, self.dtype)
 
     def as_linear(self, x: mx.array) -> mx.array:
         """y = x W^T: float [..., K] -> [..., vocabulary]."""
@@ -167,12 +170,18 @@ class HLWQSwitchLinear(_Quantized):
         return lora_switch_linear(self, r, scale, dropout)
 
     def __call__(self, x: mx.array, indices: mx.array, sorted_indices: bool = False) -> mx.array:
+        y = self._siblings.take(self._index, x, indices, sorted_indices) if self._siblings else None
+        if y is None:
+            y = self._multiply(x, indices, sorted_indices)
+        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+
+    def _multiply(self, x: mx.array, indices: mx.array, sorted_indices: bool) -> mx.array:
         packed = (self.weight_codes, self.weight_norms)
         path = self._path(x.dtype)
         if path is ops.Path.DECODED:
-            y = ops.gather_linear_decoded(x, self._decoded(), self.spec, indices, sorted_indices)
-        elif path is ops.Path.KERNELS and not self.training:
-            y = kernels.gather_linear(x, *packed, self.codebook, self.spec, indices, sorted_indices)
-        else:  # plain operations have gradients
-            y = ops.gather_linear(x, *packed, self._table, self.spec, indices, sorted_indices)
-        return y + mx.expand_dims(self.bias[indices], -2) if "bias" in self else y
+            return ops.gather_linear_decoded(x, self._decoded(), self.spec, indices, sorted_indices)
+        if path is ops.Path.PORTABLE or self.training:  # plain operations have gradients
+            return ops.gather_linear(x, *packed, self._table, self.spec, indices, sorted_indices)
+        if self._siblings:
+            return self._siblings.compute(self._index, x, indices, sorted_indices)
+        return self._kernels.gather_product(x, *packed, indices, sorted_indices)[0]

@@ -23,6 +23,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 from hlwq_mlx.checkpoint import FormatError, QuantizationConfig, check_module, check_names, parse
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
 from hlwq_mlx.siblings import link
+from hlwq_mlx.steps import compile_steps
 
 CODES, NORMS = "weight_codes", "weight_norms"
 QUANTIZED_TYPES = {SwitchLinear: HLWQSwitchLinear, nn.Embedding: HLWQEmbedding, nn.Linear: HLWQLinear}
@@ -119,6 +120,7 @@ def _replace(model: nn.Module, quantization: QuantizationConfig, weights: Mappin
         layers.append((path, quantized_type(tuple(rows), spec, codebook, dtype, bias="bias" in old)))
     model.update_modules(tree_unflatten(layers))
     link(model.modules())
+    compile_steps(model.modules())
 
 
 def _main_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

@@ -82,11 +82,14 @@ def _rotated_weight(codes: mx.array, norms: mx.array, decoder, spec: ModuleSpec)
         return _float64(ops.decode_rotated(codes, norms, table, spec))
 
 
+def _rotated(x: mx.array, spec: ModuleSpec) -> np.ndarray:
+    with mx.stream(mx.cpu):
+        return _float64(ops.rotate(x, spec))
+
+
 def _check_rotate(gpu: ModuleType, block_size: int, dtype: mx.Dtype) -> Result:
     x = mx.random.normal((5, 3 * block_size - 7)).astype(dtype)
-    spec = ModuleSpec(4, block_size, x.shape[-1])
-    with mx.stream(mx.cpu):
-        expected = _float64(ops.rotate(x.astype(mx.float32), spec))
+    expected = _rotated(x, ModuleSpec(4, block_size, x.shape[-1]))
     bound = ROUNDING[dtype] * np.abs(expected) + 1e-5  # float32 sums of at most 128 values of order one
     error = np.abs(_float64(gpu.rotate(x, block_size)) - expected) / bound
     return Result(f"rotate {dtype_name(dtype)} block {block_size}", float(error.max()), None)
@@ -97,25 +100,24 @@ def _check_products(gpu: ModuleType, bits: int, way, dtype: mx.Dtype) -> Result:
     decoder = _decoder(gpu, bits, spec.block_size, way)
     codes, norms = _packed(spec, 3, 37)
     weight = _rotated_weight(codes, norms, decoder, spec)
-    # a centroid is in half at worst (bfloat16 for such x on CUDA), partial sums of half x may be in half
-    product = max(ROUNDING[dtype], 5 * 2.0**-11)
+    # the rotated x is rounded to its dtype, a centroid to half (bfloat16 for such x on CUDA)
+    product = 2 * ROUNDING[dtype] + 2.0**-19
     worst = 0.0
 
-    def compare(y: mx.array, x: mx.array, matrix: np.ndarray) -> None:
+    def compare(y: mx.array, rotated: np.ndarray, matrix: np.ndarray) -> None:
         nonlocal worst
-        exact = _float64(x) @ matrix.T
-        bound = product * (np.abs(_float64(x)) @ np.abs(matrix).T) + ROUNDING[dtype] * np.abs(exact)
+        exact = rotated @ matrix.T
+        bound = product * (np.abs(rotated) @ np.abs(matrix).T) + ROUNDING[dtype] * np.abs(exact)
         worst = max(worst, float((np.abs(_float64(y) - exact) / bound).max()))
 
     for rows in (1, 2, 5, 8):
         x = mx.random.normal((rows, spec.in_features)).astype(dtype)
-        compare(gpu.gemv(x, codes[0], norms[0], decoder), x, weight[0])
+        compare(gpu.product(x, codes[0], norms[0], decoder), _rotated(x, spec), weight[0])
     experts, x = [2, 0, 1, 1], mx.random.normal((2, spec.in_features)).astype(dtype)
-    y = gpu.gather_gemv(x, codes, norms, mx.array(experts), decoder)
+    y = gpu.gather_product(x, codes, norms, mx.array(experts), decoder)
     for i, expert in enumerate(experts):
-        compare(y[i : i + 1], x[i // 2 : i // 2 + 1], weight[expert])
-    identity = mx.eye(spec.in_features, dtype=dtype)
-    compare(gpu.dequantize(codes[0], norms[0], dtype, decoder).T, identity, weight[0])
+        compare(y[i : i + 1], _rotated(x[i // 2 : i // 2 + 1], spec), weight[expert])
+    compare(gpu.dequantize(codes[0], norms[0], dtype, decoder).T, np.eye(spec.in_features), weight[0])
     return Result(f"products {bits} bits {_way_name(way)}{dtype_name(dtype)}", worst, None)
 
 
@@ -135,7 +137,7 @@ def _time_product(gpu: ModuleType, bits: int, way) -> Result:
     matrices = [_packed(spec, outputs) for _ in range(TIMED_MATRICES)]
     x = mx.random.normal((1, columns)).astype(mx.float16)
     mx.eval(matrices, x)
-    seconds = _median_seconds(lambda: [gpu.gemv(x, *matrix, decoder) for matrix in matrices]) / TIMED_MATRICES
+    seconds = _median_seconds(lambda: [gpu.product(x, *matrix, decoder) for matrix in matrices]) / TIMED_MATRICES
     return Result(f"speed {bits} bits {_way_name(way)}M = 1", 0.0, spec.bytes_per_row * outputs / seconds / 1e9)
 
 

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import accumulate
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from hlwq_mlx import kernels
-
-if TYPE_CHECKING:
-    from hlwq_mlx.layers import HLWQLinear
+from hlwq_mlx.layers import HLWQLinear, HLWQSwitchLinear
 
 # Attributes of one module that mlx-lm's architectures call with the same array.
 SHARED_INPUT = (
@@ -24,61 +20,74 @@ SHARED_INPUT = (
 
 
 class Siblings:
-    """Several HLWQLinear of the same spec under one parent. The first one called computes for all.
+    """Several layers of one class and spec under one parent. The first one called computes for all.
 
-    Results wait for the calls of the other layers with the same array, which is held until then: while an object lives
-    no other can be mistaken for it. A call in any other order computes again.
+    Results wait for the calls of the other layers with the same inputs, which are held until then: while an object
+    lives no other can be mistaken for it. A call in any other order computes again.
     """
 
-    def __init__(self, layers: list[HLWQLinear]) -> None:
+    def __init__(self, layers: list[HLWQLinear] | list[HLWQSwitchLinear]) -> None:
         self.layers = layers
-        self._sources: list[mx.array] = []
+        self._sources: list[tuple[nn.Module, str, mx.array]] = []
         self._codes: mx.array | None = None
         self._norms: mx.array | None = None
-        self._x: mx.array | None = None
+        self._edges: tuple[int, ...] = ()
+        self._inputs: tuple = ()
         self._waiting: dict[int, mx.array] = {}
 
-    def multiply(self, index: int, x: mx.array) -> mx.array:
-        """y = x W^T of layer `index`."""
-        if self._x is not x or index not in self._waiting:
-            self._combine()
-            first = self.layers[0]
-            compute = kernels.split_product(first.codebook, first.spec, self._edges(), first.training)
-            self._x, self._waiting = x, dict(enumerate(compute(x, self._codes, self._norms)))
-        result = self._waiting.pop(index)
+    def take(self, index: int, *inputs) -> mx.array | None:
+        """The product of layer `index` with these inputs, if another layer's call has computed it."""
         if not self._waiting:
-            self._x = None
+            return None
+        for held, given in zip(self._inputs, inputs, strict=True):
+            if held is not given:
+                return None
+        result = self._waiting.pop(index, None)
+        if not self._waiting:
+            self._inputs = ()
         return result
 
-    def _edges(self) -> tuple[int, ...]:
-        """Where the outputs of one layer end and those of the next begin."""
-        return tuple(accumulate(layer.weight_codes.shape[0] for layer in self.layers[:-1]))
+    def compute(self, index: int, x: mx.array, *indices) -> mx.array:
+        """The product of layer `index`; those of the others wait. `indices`: which experts, for a stack."""
+        self.combine()
+        first = self.layers[0]
+        if indices:
+            results = first._kernels.gather_product(x, self._codes, self._norms, *indices, edges=self._edges)
+        else:
+            results = first._kernels.product(x, self._codes, self._norms, self._edges, first.training)
+        self._inputs, self._waiting = (x, *indices), dict(enumerate(results))
+        return self._waiting.pop(index)
 
-    def _combine(self) -> None:
+    def combine(self) -> None:
         """Concatenate the rows once; the layers keep views of the result, so no weight is stored twice."""
-        current = [array for layer in self.layers for array in (layer.weight_codes, layer.weight_norms)]
-        if len(current) == len(self._sources) and all(a is b for a, b in zip(current, self._sources, strict=True)):
+        if self._sources and unchanged(self._sources):
             return
-        self._codes = mx.concatenate([layer.weight_codes for layer in self.layers])
-        self._norms = mx.concatenate([layer.weight_norms for layer in self.layers])
-        start = 0
-        for layer in self.layers:
-            end = start + layer.weight_codes.shape[0]
-            layer.weight_codes, layer.weight_norms = self._codes[start:end], self._norms[start:end]
-            start = end
-        self._sources = [array for layer in self.layers for array in (layer.weight_codes, layer.weight_norms)]
-        mx.eval(self._codes, self._norms, self._sources)
+        self._codes = mx.concatenate([layer.weight_codes for layer in self.layers], axis=-2)
+        self._norms = mx.concatenate([layer.weight_norms for layer in self.layers], axis=-2)
+        # where the outputs of one layer end and those of the next begin
+        self._edges = tuple(accumulate(layer.weight_codes.shape[-2] for layer in self.layers[:-1]))
+        parts = zip(mx.split(self._codes, self._edges, -2), mx.split(self._norms, self._edges, -2), strict=True)
+        self._sources = []
+        for layer, (layer.weight_codes, layer.weight_norms) in zip(self.layers, parts, strict=True):
+            self._sources += [(layer, name, layer[name]) for name in ("weight_codes", "weight_norms")]
+        mx.eval(self._codes, self._norms, [array for *_, array in self._sources])
+
+
+def unchanged(sources: list[tuple[nn.Module, str, object]]) -> bool:
+    """Whether every module still holds the objects of `sources` under these names."""
+    for module, name, value in sources:  # a loop: all() of a generator takes twice the time, and a token asks 144 times
+        if module[name] is not value:
+            return False
+    return True
 
 
 def link(modules: Iterable[nn.Module]) -> None:
     """Make siblings of the quantized layers that share their parent's input."""
-    from hlwq_mlx.layers import HLWQLinear
-
     for parent in modules:
         for names in SHARED_INPUT:
-            layers = [parent[name] for name in names if isinstance(parent.get(name), HLWQLinear)]
-            for spec in {layer.spec for layer in layers}:
-                alike = [layer for layer in layers if layer.spec == spec]
+            layers = [parent[name] for name in names if isinstance(parent.get(name), (HLWQLinear, HLWQSwitchLinear))]
+            for cls, spec in {(type(layer), layer.spec) for layer in layers}:
+                alike = [layer for layer in layers if type(layer) is cls and layer.spec == spec]
                 if len(alike) < 2:
                     continue
                 siblings = Siblings(alike)

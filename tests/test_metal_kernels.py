@@ -144,14 +144,15 @@ def test_gemv_passes_nan_and_infinity_to_their_rows_only():
 
 
 @pytest.mark.parametrize("bits", [4, 5])
-def test_gather_gemv(bits: int):
+def test_gather_product(bits: int):
     packed, experts = Packed(ModuleSpec(bits, 64, 192), (5, 11)), np.array([4, 0, 0, 3, 1, 2])
     with metal_cpu.emulated():
         for rows in (1, 3, 6):  # one row of x for every six, two and one experts
             x = normal((rows, 192), mx.bfloat16, seed=rows)
-            y = metal.gather_gemv(x, packed.codes, packed.norms, mx.array(experts), packed.decoder)
+            rotated = metal.rotate(x, 64)
+            y = metal.gather_product(x, packed.codes, packed.norms, mx.array(experts), packed.decoder)
             for i, expert in enumerate(experts):
-                assert_product(y[i : i + 1], x[i * rows // 6 : i * rows // 6 + 1], packed.rotated[expert])
+                assert_product(y[i : i + 1], rotated[i * rows // 6 : i * rows // 6 + 1], packed.rotated[expert])
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)

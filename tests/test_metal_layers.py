@@ -15,7 +15,7 @@ import hlwq_mlx.__main__
 from convert import packing, reference
 from convert.codebook import codebook
 from convert.format import ModuleSpec
-from hlwq_mlx import kernels, metal, ops, selfcheck, siblings, tune
+from hlwq_mlx import kernels, metal, ops, selfcheck, siblings, steps, tune
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
 from hlwq_mlx.metal.decoder import Way
 from tests import metal_cpu
@@ -39,13 +39,14 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(metal, "_kernel", counted)
     monkeypatch.setattr(kernels, "backend", lambda: metal)
     monkeypatch.setattr(ops, "pick", lambda *_, **__: ops.Path.KERNELS)
+    kernels.kernels.cache_clear()
     real.cache_clear()
     mx.disable_compile()  # the emulator needs values, mx.compile traces without them
     with metal_cpu.emulated():
         yield launched
     mx.enable_compile()
-    for cached in (kernels.work, kernels.product, kernels.split_product, kernels._gather_few, kernels._decoder, real):
-        cached.cache_clear()
+    kernels.kernels.cache_clear()
+    real.cache_clear()
 
 
 def quantized(cls, rows: tuple[int, ...], spec: ModuleSpec = SPEC, bias: bool = False, seed: int = 0):
@@ -122,7 +123,7 @@ def test_siblings_share_a_rotation_and_a_launch(on_metal: list[str]):
         for y, name in ((q, "q_proj"), (k, "k_proj"), (v, "v_proj")):
             assert_close(y, np.array(x) @ attention.expected[name].T)
     assert on_metal == ["rotate", "gemv", "rotate", "gemv"] * 2
-    assert attention.q_proj._siblings._x is None  # nothing is held once every layer was called
+    assert attention.q_proj._siblings._inputs == ()  # nothing is held once every layer was called
     assert attention.v_proj._siblings is None
 
 
@@ -140,6 +141,71 @@ def test_siblings_called_in_any_order_or_with_other_inputs(on_metal: list[str]):
     replaced, weight = quantized(HLWQLinear, (12,), seed=9)
     attention.q_proj.weight_codes, attention.q_proj.weight_norms = replaced.weight_codes, replaced.weight_norms
     assert_close(attention.q_proj(b), np.array(b) @ weight.T)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_experts_of_one_input_share_a_rotation_and_a_launch(tokens: int, on_metal: list[str]):
+    """gate and up of a mixture of experts: decode, and a prompt of more pairs than twice the experts."""
+    module, weights = nn.Module(), {}
+    for i, name in enumerate(("gate_proj", "up_proj")):
+        module[name], weights[name] = quantized(HLWQSwitchLinear, (4, 12 + i), seed=i)
+    siblings.link([module])
+    x, experts = random_rows(tokens, 1, 1, 128), np.random.default_rng(2).integers(0, 4, (tokens, 2))
+    indices = mx.array(experts)
+    for name in ("up_proj", "gate_proj"):
+        y = np.array(module[name](x, indices, sorted_indices=False))
+        for token, slot in np.ndindex(*experts.shape):
+            assert_close(mx.array(y[token, slot, 0]), weights[name][experts[token, slot]] @ np.array(x)[token, 0, 0])
+    assert sorted(on_metal) == (["gemv", "rotate"] if tokens == 1 else ["dequantize", "rotate"])
+    module.up_proj(x, indices)
+    module.gate_proj(x, mx.array(1 - experts % 2))  # other experts: computed again
+    assert len(on_metal) == 6
+
+
+class FeedForward(nn.Module):
+    """As mlx-lm's architectures have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.__dict__["expected"] = {}
+        for i, (name, rows) in enumerate((("gate_proj", 128), ("up_proj", 128), ("down_proj", 20))):
+            self[name], self.expected[name] = quantized(HLWQLinear, (rows,), seed=i)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def reference(self, x: mx.array) -> np.ndarray:
+        gate, up = (np.array(x) @ self.expected[name].T for name in ("gate_proj", "up_proj"))
+        return (gate / (1 + np.exp(-gate)) * up) @ self.expected["down_proj"].T
+
+
+def test_a_compiled_step_notices_what_is_replaced(on_metal: list[str]):
+    module, x = FeedForward().eval(), random_rows(1, 128, seed=3)
+    siblings.link([module])
+    steps.compile_steps([module])
+    assert isinstance(module, FeedForward) and type(module).__name__ == "FeedForward"
+    for _ in range(2):
+        assert_close(module(x), module.reference(x))
+    step = module.__dict__["_step"]
+    assert step.current() and on_metal == ["rotate", "gemv"] * 4
+    other, module.expected["down_proj"] = quantized(HLWQLinear, (20,), seed=9)
+    module.down_proj.weight_codes, module.down_proj.weight_norms = other.weight_codes, other.weight_norms
+    assert not step.current()
+    assert_close(module(x), module.reference(x))
+    module.down_proj = module.down_proj.to_lora(r=2)
+    module.down_proj.lora_b = mx.ones(module.down_proj.lora_b.shape)
+    module.eval()
+    assert np.abs(np.array(module(x)) - module.reference(x)).max() > 0.1  # the adapter counts
+
+
+def test_a_prompt_and_training_take_no_compiled_step():
+    module = FeedForward().eval()
+    steps.compile_steps([module])
+    x = random_rows(9, 128, seed=3)
+    assert_close(module(x), module.reference(x))
+    module.train()
+    assert_close(module(x[:1]), module.reference(x[:1]))
+    assert "_step" not in module.__dict__
 
 
 def test_gradient_of_the_input():
@@ -176,8 +242,8 @@ def test_a_kernel_that_does_not_compile_gives_one_warning(monkeypatch: pytest.Mo
     monkeypatch.setattr(metal, "_kernel", broken)
     kernels._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plain MLX operations") as caught:
-        assert not kernels.work(codebook(4), SPEC, mx.float16)
-        assert not kernels.work(codebook(2), ModuleSpec(2, 64, 128), mx.float16)
+        assert not kernels.kernels(codebook(4), SPEC).work(mx.float16)
+        assert not kernels.kernels(codebook(2), ModuleSpec(2, 64, 128)).work(mx.float16)
     assert len(caught) == 1
 
 

@@ -1,25 +1,45 @@
-"""The CUDA kernels of the MLX backend against the numpy reference; needs MLX with a CUDA GPU (mlx[cuda13]).
+"""The CUDA kernels of the MLX backend against the numpy reference: emulated on the CPU and, with -m gpu, on a GPU.
 
-Bounds: a decoded centroid is rounded to half (bfloat16 for bfloat16 x), products of half x add up in half over eight
-codes, everything else is float32, and the result is rounded to the dtype of x.
+Bounds: rotated x and centroids are rounded to the dtype of x (centroids of float32 x are not), sums are float32, and
+the result is rounded to the dtype of x.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from convert import packing, reference
 from convert.codebook import codebook
 from convert.format import BLOCK_SIZES, SUPPORTED_BITS, ModuleSpec
+from hlwq_mlx import cuda, kernels, ops
+from hlwq_mlx.layers import HLWQLinear
+from hlwq_mlx.siblings import link
+from hlwq_mlx.steps import compile_steps
+from tests import cuda_cpu
+from tests.metal_cpu import EmulationError, require
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")]
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")]
 
 DTYPES = (mx.float16, mx.bfloat16, mx.float32)
 ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
-# of one product: the centroid's rounding, and for half x up to four roundings of a partial sum
-PRODUCT = {mx.float16: 5 * 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-11}
+FLOAT32 = 2.0**-24
+
+
+@pytest.fixture(params=[pytest.param("emulated", marks=require.emulator), pytest.param("gpu", marks=on_gpu)])
+def device(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Where kernels run inside the test."""
+    if request.param == "gpu":
+        yield request.param
+        return
+    cuda._kernel.cache_clear()
+    with cuda_cpu.emulated():
+        yield request.param
+    cuda._kernel.cache_clear()
 
 
 def float64(x: mx.array) -> np.ndarray:
@@ -30,88 +50,162 @@ def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
     return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
 
 
-def packed(spec: ModuleSpec, *rows: int):
-    """(codes, norms, decoder, encoded, rotated weight in float64) of a random quantized matrix."""
-    from hlwq_mlx import cuda
+class Packed:
+    """A random quantized matrix: what kernels take, and what it stands for in float64."""
 
-    random = np.random.default_rng(0)
-    codes = random.integers(0, 2**spec.bits, (*rows, spec.padded_in_features)).astype(np.uint8)
-    encoded = reference.Encoded(codes, random.uniform(0.5, 2, (*rows, spec.blocks)).astype(np.float16))
-    rotated = reference.decode_rotated(encoded, spec, codebook(spec.bits))
-    words, norms = mx.array(packing.pack(codes, spec.bits)), mx.array(encoded.norms)
-    return words, norms, cuda.decoder(codebook(spec.bits), spec.block_size), encoded, rotated
-
-
-def assert_product(y: mx.array, x: mx.array, weight: np.ndarray) -> None:
-    expected = float64(x) @ weight.T
-    sums = (PRODUCT[x.dtype] + 2.0**-24 * x.shape[-1]) * (np.abs(float64(x)) @ np.abs(weight).T)
-    assert (np.abs(float64(y) - expected) <= sums + ROUNDING[y.dtype] * np.abs(expected)).all()
+    def __init__(self, spec: ModuleSpec, *rows: int) -> None:
+        random = np.random.default_rng(0)
+        codes = random.integers(0, 2**spec.bits, (*rows, spec.padded_in_features)).astype(np.uint8)
+        norms = random.uniform(0.5, 2, (*rows, spec.blocks)).astype(np.float16)
+        norms.flat[-1] = 0  # a block of zeros
+        self.encoded = reference.Encoded(codes, norms)
+        self.rotated = reference.decode_rotated(self.encoded, spec, codebook(spec.bits))
+        self.codes, self.norms = mx.array(packing.pack(codes, spec.bits)), mx.array(self.encoded.norms)
+        self.decoder = cuda.decoder(codebook(spec.bits), spec.block_size)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block_size", BLOCK_SIZES)
-def test_rotate(block_size: int, dtype: mx.Dtype):
-    from hlwq_mlx import cuda
+def assert_product(y: mx.array, x: mx.array, weight: np.ndarray, block_size: int) -> None:
+    """y = x W^T, `weight` in the rotated basis."""
+    rotated = reference.rotate(float64(x), block_size)
+    exact, magnitude = rotated @ weight.T, np.abs(rotated) @ np.abs(weight).T
+    # the order of a float32 sum and of the rotation; two roundings to the dtype of x a product, one of the result
+    bound = (FLOAT32 * (weight.shape[-1] + 16) + 2 * ROUNDING[x.dtype]) * magnitude + ROUNDING[x.dtype] * np.abs(exact)
+    assert (np.abs(float64(y) - exact) <= bound).all()
 
+
+@pytest.mark.parametrize("block_size,dtype", list(zip(BLOCK_SIZES, DTYPES, strict=True)), ids=str)
+def test_rotate(block_size: int, dtype: mx.Dtype, device: str):
     x = normal(3, 5 * block_size - 7, dtype=dtype)
     expected = reference.rotate(float64(x), block_size)
     bound = ROUNDING[dtype] * np.abs(expected) + 1e-5  # float32 sums of at most 128 values of order one
     assert (np.abs(float64(cuda.rotate(x, block_size)) - expected) <= bound).all()
 
 
-@pytest.mark.parametrize("bits", SUPPORTED_BITS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 8])
-def test_gemv(bits: int, dtype: mx.Dtype, rows: int):
-    from hlwq_mlx import cuda
+# bits, block, N, K, M, dtype: every bits, block and dtype; M up to 8; tails of N, of K and of 512 columns; on tensor
+# cores more and fewer columns than the warps take at a time
+PRODUCTS = [
+    (4, 128, 37, 640, 1, mx.float16),
+    (4, 128, 16, 4608, 1, mx.bfloat16),
+    (4, 64, 33, 1000, 1, mx.bfloat16),
+    (4, 32, 5, 40, 1, mx.float16),
+    (4, 128, 20, 1100, 8, mx.bfloat16),
+    (4, 32, 9, 1050, 3, mx.float16),
+    (4, 64, 7, 200, 2, mx.float32),
+    (2, 128, 13, 384, 1, mx.float16),
+    (3, 64, 9, 4480, 2, mx.float16),
+    (5, 32, 3, 32, 5, mx.bfloat16),
+    (6, 128, 10, 256, 8, mx.float32),
+    (8, 64, 21, 190, 1, mx.float32),
+]
 
-    for block_size, outputs, blocks in ((128, 37, 5), (64, 16, 70), (32, 3, 1)):
-        spec = ModuleSpec(bits, block_size, blocks * block_size)
-        codes, norms, decoder, _, rotated = packed(spec, outputs)
-        x = normal(rows, spec.in_features, dtype=dtype)
-        assert_product(cuda.gemv(x, codes, norms, decoder), x, rotated)
+
+@pytest.mark.parametrize("bits,block_size,outputs,columns,rows,dtype", PRODUCTS, ids=str)
+def test_product(bits: int, block_size: int, outputs: int, columns: int, rows: int, dtype: mx.Dtype, device: str):
+    packed = Packed(ModuleSpec(bits, block_size, columns), outputs)
+    x = normal(rows, columns, dtype=dtype)
+    y = cuda.product(x, packed.codes, packed.norms, packed.decoder)
+    assert_product(y, x, packed.rotated, block_size)
 
 
-@pytest.mark.parametrize("bits", [3, 4])
-def test_gather_gemv(bits: int):
-    from hlwq_mlx import cuda
+def test_two_tiles_a_thread_block(device: str, monkeypatch: pytest.MonkeyPatch):
+    """As for a matrix of many rows, with rows that end inside the second tile."""
+    monkeypatch.setattr(cuda, "_shape", lambda *_: (2, 2))
+    packed, x = Packed(ModuleSpec(4, 128, 2560), 53), normal(1, 2560, dtype=mx.bfloat16)
+    assert_product(cuda.product(x, packed.codes, packed.norms, packed.decoder), x, packed.rotated, 128)
 
-    codes, norms, decoder, _, rotated = packed(ModuleSpec(bits, 64, 192), 5, 11)
-    experts = np.array([4, 0, 0, 3, 1, 2])
-    for rows in (1, 3, 6):
-        x = normal(rows, 192, dtype=mx.bfloat16)
-        y = cuda.gather_gemv(x, codes, norms, mx.array(experts), decoder)
+
+def test_x_at_any_address(device: str):
+    """A row that does not start at a multiple of 16 bytes, as slices may."""
+    packed, x = Packed(ModuleSpec(4, 64, 576), 16), normal(1, 577, dtype=mx.float16)[:, 1:]
+    assert_product(cuda.product(x, packed.codes, packed.norms, packed.decoder), x, packed.rotated, 64)
+
+
+def test_nan_and_infinity_stay_in_their_rows(device: str):
+    packed, x = Packed(ModuleSpec(4, 64, 128), 8), np.ones((3, 128), np.float16)
+    packed.norms = mx.ones(packed.norms.shape, mx.float16)
+    x[1, 5], x[2, 6] = np.nan, np.inf
+    y = float64(cuda.product(mx.array(x), packed.codes, packed.norms, packed.decoder))
+    assert np.isfinite(y[0]).all() and np.isnan(y[1]).all() and not np.isfinite(y[2]).any()
+
+
+@pytest.mark.parametrize("bits,dtype", [(4, mx.bfloat16), (3, mx.float16)], ids=str)
+def test_gather_product(bits: int, dtype: mx.Dtype, device: str):
+    packed, experts = Packed(ModuleSpec(bits, 64, 192), 5, 11), np.array([4, 0, 0, 3, 1, 2])
+    for rows in (1, 3, 6):  # one row of x for every six, two and one experts
+        x = normal(rows, 192, dtype=dtype)
+        y = cuda.gather_product(x, packed.codes, packed.norms, mx.array(experts), packed.decoder)
         for i, expert in enumerate(experts):
-            assert_product(y[i : i + 1], x[i * rows // 6 : i * rows // 6 + 1], rotated[expert])
+            assert_product(y[i : i + 1], x[i * rows // 6 : i * rows // 6 + 1], packed.rotated[expert], 64)
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dequantize_and_embedding(bits: int, dtype: mx.Dtype):
-    from hlwq_mlx import cuda
-
-    spec = ModuleSpec(bits, 64, 3 * 64 - 5)
-    codes, norms, decoder, encoded, rotated = packed(spec, 10)
-    rounding = (ROUNDING[dtype] + PRODUCT[dtype]) * np.abs(rotated).max()
-    assert np.abs(float64(cuda.dequantize(codes, norms, dtype, decoder)) - rotated).max() <= rounding
-    table, ids = mx.array(decoder.values, mx.float32), np.array([9, 0, 0, 4])
-    rows = cuda.embedding(mx.array(ids), codes, norms, table, spec.in_features, dtype)
-    expected = reference.decode(encoded, spec, codebook(bits))[ids]
+def test_dequantize_and_embedding(bits: int, device: str):
+    dtype, spec = DTYPES[bits % 3], ModuleSpec(bits, 64, 3 * 64 - 5)
+    packed = Packed(spec, 10)
+    got = float64(cuda.dequantize(packed.codes, packed.norms, dtype, packed.decoder))
+    rounding = ROUNDING[dtype] + 2 * FLOAT32
+    assert (np.abs(got - packed.rotated) <= rounding * np.abs(packed.rotated)).all()
+    ids = np.array([9, 0, 0, 4])
+    rows = cuda.embedding(mx.array(ids), packed.codes, packed.norms, packed.decoder.table, spec.in_features, dtype)
+    expected = reference.decode(packed.encoded, spec, codebook(bits))[ids]
     assert np.abs(float64(rows) - expected).max() <= (ROUNDING[dtype] + 2.0**-19) * np.abs(expected).max()
 
 
-def test_layers_take_the_kernels():
-    from hlwq_mlx import kernels, ops
-    from hlwq_mlx.layers import HLWQLinear
+FAULTS = [
+    ("the table is used before it is written", "      __syncthreads();\n    }", "    }", "UNINITIALIZED|RACE"),
+    ("x is used before it is rotated", "lane, rotated);\n      __syncwarp();", "lane, rotated);", "UNINITIALIZED|RACE"),
+    ("parts are summed before they are written", "  __syncthreads();\n  for", "  for", "UNINITIALIZED|RACE"),
+    ("rows beyond N are read", "min(row + 8 * i, last)", "(row + 8 * i)", "OUT OF BOUNDS"),
+    ("rows beyond N are written", "if (row < N) ", "", "OUT OF BOUNDS"),
+]
 
-    spec = ModuleSpec(4, 128, 256)
-    codes, norms, _, encoded, _ = packed(spec, 40)
-    layer = HLWQLinear((40,), spec, codebook(4), mx.float32)
-    layer.weight_codes, layer.weight_norms = codes, norms
-    layer.eval()
-    weight = reference.decode(encoded, spec, codebook(4))
-    assert kernels.work(layer.codebook, spec, mx.float32) and layer._path(mx.float32) is ops.Path.KERNELS
-    for rows in (1, 40):
-        x = normal(rows, 256, dtype=mx.float32)
-        # half centroids, and TF32 in MLX's float32 product of many rows
-        assert np.linalg.norm(float64(layer(x)) - float64(x) @ weight.T) <= 2e-3 * np.linalg.norm(float64(x) @ weight.T)
+
+@require.emulator
+@pytest.mark.parametrize("what,old,new,finding", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_the_emulator_sees(what: str, old: str, new: str, finding: str):
+    changed = []
+
+    def edit(text: str) -> str:
+        changed.append(old in text)
+        return text.replace(old, new)
+
+    packed, x = Packed(ModuleSpec(4, 128, 640), 20), normal(1, 640, dtype=mx.float16)
+    cuda._kernel.cache_clear()
+    with cuda_cpu.emulated(edit=edit), pytest.raises(EmulationError, match=finding):
+        cuda.product(x, packed.codes, packed.norms, packed.decoder)
+    cuda._kernel.cache_clear()
+    assert any(changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")
+def test_layers_on_a_gpu():
+    """A feed-forward module as a model has it: siblings, a compiled step, a prompt, and a gradient."""
+
+    class FeedForward(nn.Module):
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    module, weights = FeedForward(), {}
+    for name, outputs, columns in (("gate_proj", 96, 256), ("up_proj", 96, 256), ("down_proj", 64, 96)):
+        spec = ModuleSpec(4, 32, columns)
+        packed = Packed(spec, outputs)
+        layer = HLWQLinear((outputs,), spec, codebook(4), mx.float16)
+        layer.weight_codes, layer.weight_norms = packed.codes, packed.norms
+        module[name], weights[name] = layer, reference.decode(packed.encoded, spec, codebook(4))
+    module.eval()
+    link([module])
+    compile_steps([module])
+    assert kernels.backend() is cuda and module.up_proj._path(mx.float16) is ops.Path.KERNELS
+    for rows in (1, 1, 8, 40):
+        x = normal(rows, 256, dtype=mx.float16, seed=rows) * 0.1
+        gate, up = float64(x) @ weights["gate_proj"].T, float64(x) @ weights["up_proj"].T
+        expected = (gate / (1 + np.exp(-gate)) * up) @ weights["down_proj"].T
+        # half: x, three products, their centroids and the activation
+        assert np.linalg.norm(float64(module(x)) - expected) <= 2e-3 * np.linalg.norm(expected)
+    layer, x = module.down_proj, normal(3, 96, dtype=mx.float16)
+    layer.train()
+    target = normal(3, 64, dtype=mx.float16, seed=8)
+    gradient = mx.grad(lambda x: (layer(x) * target).sum())(x)
+    expected = float64(target) @ weights["down_proj"]
+    assert np.linalg.norm(float64(gradient) - expected) <= 2e-3 * np.linalg.norm(expected)

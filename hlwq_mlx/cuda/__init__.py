@@ -1,7 +1,7 @@
 """CUDA kernels of the MLX backend, the twins of hlwq_mlx/metal: the same functions for MLX on an NVIDIA GPU.
 
-Centroids are exact in float16 (bfloat16 where x is): a symmetric 4-bit codebook is eight positive values, whose bytes
-the instruction prmt looks up four at a time; other codebooks are staged in shared memory.
+The kernels are function templates in *.cuh. What MLX gets is one #include and one call: it hashes the source text of a
+kernel at every launch, which took 1.4 us a launch when the text held the kernel itself.
 """
 
 from __future__ import annotations
@@ -12,94 +12,114 @@ from functools import cache
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
+
+__all__ = ["GEMV_MAX_ROWS", "Decoder", "decoder", "dequantize", "embedding", "gather_product", "product", "rotate"]
 
 GEMV_MAX_ROWS = 8
-_OUTPUTS = 4  # outputs of a thread block: as many loads of 16 bytes in flight a thread
-_MAX_THREADS = 128
-_BLOCK_WARPS = 4  # rotate.cu, embedding.cu: blocks a thread block
+_BLOCK_WARPS = 4  # rotate.cuh, embedding.cuh: blocks a thread block
+_COLUMNS = 512  # HLWQ_COLUMNS of gemv_mma.cuh
+_MAX_WARPS, _MAX_TILES = 8, 8
+_PROCESSORS = 132  # of an H100 or H200: the shape of a launch is chosen for them
+_OUTPUTS, _MAX_THREADS = 4, 128  # gemv.cuh
+_DEQUANTIZED = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}  # codes of a thread at a time: whole words and 16 bytes of half
+_STEPS = 4
 
 
 @dataclass(frozen=True, eq=False)  # one object a codebook: compared and hashed by identity, at each call
 class Decoder:
-    """A codebook and block size; `values` are the centroids over sqrt(B)."""
+    """A codebook and block size; `values` are the centroids over sqrt(B), float32 [2^b] in `table`."""
 
     bits: int
     block_size: int
     values: tuple[float, ...]
-
-    @property
-    def in_bytes(self) -> bool:
-        """Whether prmt decodes it: 16 values, symmetric."""
-        return len(self.values) == 16 and all(a == -b for a, b in zip(self.values, reversed(self.values), strict=True))
+    table: mx.array
 
 
 @cache
 def decoder(codebook: tuple[float, ...], block_size: int) -> Decoder:
     """The decoder of `codebook`."""
-    bits = len(codebook).bit_length() - 1
-    return Decoder(bits, block_size, tuple(value / block_size**0.5 for value in codebook))
+    values = tuple(value / block_size**0.5 for value in codebook)
+    return Decoder(len(codebook).bit_length() - 1, block_size, values, mx.array(values, mx.float32))
 
 
 def rotate(x: mx.array, block_size: int) -> mx.array:
     """Every block of x times H_B: half, bfloat16 or float [M, K] -> [M, Kp] of the same dtype."""
     rows, columns = x.shape
     blocks = -(-columns // block_size)
-    (out,) = _transform_kernel("rotate", ("x",), "out")(
-        inputs=[x],
-        template=[("T", x.dtype), ("BLOCK", block_size), ("K", columns), ("ROWS", rows)],
+    return _launch(
+        "rotate",
+        {"x": x},
+        {"T": x.dtype, "BLOCK": block_size, "ROWS": rows, "K": columns},
         grid=_block_grid(rows * blocks),
-        threadgroup=(32 * _BLOCK_WARPS, 1, 1),
-        output_shapes=[(rows, blocks * block_size)],
-        output_dtypes=[x.dtype],
+        threads=32 * _BLOCK_WARPS,
+        shape=(rows, blocks * block_size),
     )
-    return out
 
 
-def gemv(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
-    """x W^T from rotated rows: [M, Kp], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
-    return _gemv(x, codes, norms, decoder, experts=None)
+def product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
+    """x W^T, not rotated yet: [M, K], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
+    return _product(x, codes, norms, decoder, experts=None)
 
 
-def gather_gemv(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
-    """Row i is x[i * X // P] W[experts[i]]^T: x [X, Kp], codes [E, N, ...], integer [P] -> [P, N]; X divides P."""
-    return _gemv(x, codes, norms, decoder, experts)
+def gather_product(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
+    """Row i is x[i * X // P] W[experts[i]]^T: x [X, K], codes [E, N, ...], integer [P] -> [P, N]; X divides P."""
+    return _product(x, codes, norms, decoder, experts)
 
 
-def _gemv(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder, experts: mx.array | None) -> mx.array:
-    columns, outputs = x.shape[1], codes.shape[-2]
-    rows = x.shape[0] if experts is None else experts.size
-    chunk = 16 if decoder.bits == 8 else 32  # HLWQ_CHUNK of decode.cuh
-    threads = min(_MAX_THREADS, -(-columns // chunk // 32) * 32)
-    inputs = {"x": x, "codes": codes, "norms": norms, **_table(decoder)}
+def _product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder, experts: mx.array | None) -> mx.array:
+    outputs, rows = codes.shape[-2], x.shape[0] if experts is None else experts.size
+    together = rows if experts is None else 1  # rows that share a matrix
+    tensor_cores = decoder.bits == 4 and x.dtype != mx.float32
+    if together > 1 or not tensor_cores:
+        x = rotate(x, decoder.block_size)
+    columns = x.shape[1]
+    sizes = {"T": x.dtype, "BLOCK": decoder.block_size, "M": together, "N": outputs, "K": columns}
+    if tensor_cores:
+        warps, tiles = _shape(outputs, columns, together)
+        name, threads, width = "gemv_mma", 32 * warps, 16 * tiles
+        sizes |= {"WARPS": warps, "TILES": tiles}
+    else:
+        chunks = columns // (16 if decoder.bits == 8 else 32)
+        name, threads, width = "gemv", min(_MAX_THREADS, -(-chunks // 32) * 32), _OUTPUTS
+        sizes = {"T": x.dtype, "BITS": decoder.bits, **sizes, "THREADS": threads, "OUTPUTS": width}
+    arrays = {"x": x, "codes": codes, "norms": norms, "table": decoder.table}
+    extra = ("nullptr", 1)
     if experts is not None:
-        inputs["experts"] = experts.astype(mx.uint32)
-    sizes = {"N": outputs, "KP": columns, "THREADS": threads, "OUTPUTS": _OUTPUTS, "XROWS": x.shape[0]}
-    (y,) = _decode_kernel("gemv", tuple(inputs), "y", decoder, x.dtype)(
-        inputs=list(inputs.values()),
-        template=[("T", x.dtype), ("M", rows if experts is None else 1), *sizes.items()],
-        grid=(threads * -(-outputs // _OUTPUTS), 1, 1 if experts is None else rows),
-        threadgroup=(threads, 1, 1),
-        output_shapes=[(rows, outputs)],
-        output_dtypes=[x.dtype],
-    )
-    return y
+        arrays["experts"] = experts.astype(mx.uint32)
+        extra = ("experts", rows // x.shape[0])
+    grid = (threads * -(-outputs // width), 1, 1 if experts is None else rows)
+    return _launch(name, arrays, sizes, grid, threads, (rows, outputs), extra)
+
+
+def _shape(outputs: int, columns: int, rows: int) -> tuple[int, int]:
+    """Warps and tiles of a thread block of gemv_mma.cuh."""
+    chunks = -(-columns // _COLUMNS)
+    even = [warps for warps in range(_MAX_WARPS // 2, _MAX_WARPS + 1) if chunks % warps == 0]
+    warps = even[-1] if even else min(_MAX_WARPS, chunks)
+    if rows > 1:
+        return warps, 1
+
+    def busiest(tiles: int) -> int:
+        """Tiles of time on the processor with most thread blocks; one starts as long as a tile takes."""
+        return -(-outputs // (16 * tiles * _PROCESSORS)) * (tiles + 1)
+
+    return warps, min(range(1, _MAX_TILES + 1), key=busiest)
 
 
 def dequantize(codes: mx.array, norms: mx.array, dtype: mx.Dtype, decoder: Decoder) -> mx.array:
     """The weight in the rotated basis: uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> `dtype` [N, Kp]."""
     outputs, columns = norms.shape[0], norms.shape[1] * decoder.block_size
-    codes_a_thread = {4: 8, 8: 16}.get(decoder.bits, 32)
-    inputs = {"codes": codes, "norms": norms, **_table(decoder)}
-    (out,) = _decode_kernel("dequantize", tuple(inputs), "out", decoder, dtype)(
-        inputs=list(inputs.values()),
-        template=[("T", dtype), ("N", outputs), ("KP", columns)],
-        grid=(-(-outputs * columns // codes_a_thread // 256) * 256, 1, 1),
-        threadgroup=(256, 1, 1),
-        output_shapes=[(outputs, columns)],
-        output_dtypes=[dtype],
+    count = _DEQUANTIZED[decoder.bits]
+    units = outputs * columns // count
+    return _launch(
+        "dequantize",
+        {"codes": codes, "norms": norms, "table": decoder.table},
+        {"T": dtype, "BITS": decoder.bits, "BLOCK": decoder.block_size, "CODES": count, "STEPS": _STEPS},
+        grid=(-(-units // (256 * _STEPS)) * 256, 1, 1),
+        threads=256,
+        shape=(outputs, columns),
+        extra=(units,),
     )
-    return out
 
 
 def embedding(
@@ -107,65 +127,48 @@ def embedding(
 ) -> mx.array:
     """Rows of the weight: integer [M], codes and norms, c / sqrt(B) float32 [2**b] -> `dtype` [M, columns]."""
     blocks, bits = norms.shape[1], table.size.bit_length() - 1
-    sizes = {"BLOCK": codes.shape[1] * 32 // bits // blocks, "BITS": bits, "K": columns, "ROWS": ids.size}
-    (out,) = _transform_kernel("embedding", ("ids", "codes", "norms", "table"), "out")(
-        inputs=[ids.astype(mx.uint32), codes, norms, table],
-        template=[("T", dtype), *sizes.items()],
+    block_size = codes.shape[1] * 32 // bits // blocks
+    return _launch(
+        "embedding",
+        {"ids": ids.astype(mx.uint32), "codes": codes, "norms": norms, "table": table},
+        {"T": dtype, "BITS": bits, "BLOCK": block_size, "ROWS": ids.size, "K": columns},
         grid=_block_grid(ids.size * blocks),
-        threadgroup=(32 * _BLOCK_WARPS, 1, 1),
-        output_shapes=[(ids.size, columns)],
-        output_dtypes=[dtype],
+        threads=32 * _BLOCK_WARPS,
+        shape=(ids.size, columns),
     )
-    return out
 
 
 def _block_grid(blocks: int) -> tuple[int, int, int]:
     return (-(-blocks // _BLOCK_WARPS) * _BLOCK_WARPS * 32, 1, 1)
 
 
-@cache
-def _transform_kernel(stem: str, inputs: tuple[str, ...], output: str):
-    return _kernel(stem, inputs, output, _text("transform.cuh"))
+def _launch(
+    stem: str,
+    arrays: dict[str, mx.array],
+    sizes: dict[str, mx.Dtype | int],
+    grid: tuple[int, int, int],
+    threads: int,
+    shape: tuple[int, ...],
+    extra: tuple[str | int, ...] = (),
+) -> mx.array:
+    """hlwq_<stem><sizes>(arrays, extra, out) on `grid` threads in blocks of `threads`; out has the dtype sizes["T"]."""
+    pointers = [name for name in arrays if name != "experts"]
+    call = f"hlwq_{stem}<{', '.join(sizes)}>({', '.join([*pointers, *map(str, extra), 'out'])});"
+    (out,) = _kernel(stem, tuple(arrays), call)(
+        inputs=list(arrays.values()),
+        template=list(sizes.items()),
+        grid=grid,
+        threadgroup=(threads, 1, 1),
+        output_shapes=[shape],
+        output_dtypes=[sizes["T"]],
+    )
+    return out
 
 
 @cache
-def _decode_kernel(stem: str, inputs: tuple[str, ...], output: str, decoder: Decoder, dtype: mx.Dtype):
-    header = _defines(decoder, dtype) + _text("decode.cuh")
-    if stem == "gemv":
-        header += ("#define HLWQ_GATHER 1\n" if "experts" in inputs else "") + _text("multiply.cuh")
-    return _kernel(stem, inputs, output, header)
-
-
-def _kernel(stem: str, inputs: tuple[str, ...], output: str, header: str):
-    """The kernel of <stem>.cu behind `header`. MLX compiles it when it is first evaluated."""
-    name = f"hlwq_{stem}_{zlib.crc32(header.encode()):08x}"
-    return mx.fast.cuda_kernel(name, inputs, (output,), _text(f"{stem}.cu"), header)
-
-
-def _defines(decoder: Decoder, dtype: mx.Dtype) -> str:
-    lines = [f"HLWQ_BITS {decoder.bits}", f"HLWQ_BLOCK {decoder.block_size}"]
-    if decoder.in_bytes:
-        low, high = _bytes(decoder, dtype)
-        lines += [f"HLWQ_LOW{i} {word:#x}u" for i, word in enumerate(low)]
-        lines += [f"HLWQ_HIGH{i} {word:#x}u" for i, word in enumerate(high)]
-        lines += [] if dtype == mx.bfloat16 else ["HLWQ_HALF 1"]
-        # half x multiplies half centroids; float x takes the path that converts
-        lines += ["HLWQ_HALF_PRODUCTS 1"] if dtype == mx.float16 else []
-    return "".join(f"#define {line}\n" for line in lines)
-
-
-def _bytes(decoder: Decoder, dtype: mx.Dtype) -> tuple[np.ndarray, np.ndarray]:
-    """Low and high bytes of the positive centroids in float16 or bfloat16, two words each."""
-    upper = mx.array(decoder.values[8:], mx.float32).astype(mx.bfloat16 if dtype == mx.bfloat16 else mx.float16)
-    halves = np.array(upper.view(mx.uint16))
-    return (halves & 255).astype(np.uint8).view(np.uint32), (halves >> 8).astype(np.uint8).view(np.uint32)
-
-
-@cache
-def _text(name: str) -> str:
-    return Path(__file__).with_name(name).read_text(encoding="utf-8")
-
-
-@cache
-def _table(decoder: Decoder) -> dict[str, mx.array]:
-    return {} if decoder.in_bytes else {"table": mx.array(decoder.values, mx.float32)}
+def _kernel(stem: str, inputs: tuple[str, ...], call: str):
+    """A kernel whose body is `call`. MLX compiles it when it is first evaluated, and keeps the result by its text."""
+    folder = Path(__file__).parent
+    text = b"".join(path.read_bytes() for path in sorted(folder.glob("*.cuh")))
+    name = f"hlwq_{stem}_{zlib.crc32(text + call.encode()):08x}"
+    return mx.fast.cuda_kernel(name, inputs, ("out",), call, f'#include "{(folder / stem).as_posix()}.cuh"\n')

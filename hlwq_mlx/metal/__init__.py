@@ -14,7 +14,17 @@ import mlx.core as mx
 
 from hlwq_mlx.metal.decoder import Decoder, decoder
 
-__all__ = ["GEMV_MAX_ROWS", "Decoder", "decoder", "dequantize", "embedding", "gather_gemv", "gemv", "rotate"]
+__all__ = [
+    "GEMV_MAX_ROWS",
+    "Decoder",
+    "decoder",
+    "dequantize",
+    "embedding",
+    "gather_product",
+    "gemv",
+    "product",
+    "rotate",
+]
 
 GEMV_MAX_ROWS = 8  # rows of x whose sums fit a lane's registers
 _SIMD, _SIMDGROUPS, _ROWS = 32, 2, 4  # gemv.metal: lanes, simdgroups a threadgroup, outputs a simdgroup
@@ -36,14 +46,19 @@ def rotate(x: mx.array, block_size: int) -> mx.array:
     return out
 
 
+def product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
+    """x W^T, not rotated yet: [M, K], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
+    return _gemv(rotate(x, decoder.block_size), codes, norms, decoder, experts=None)
+
+
+def gather_product(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
+    """Row i is x[i * X // P] W[experts[i]]^T: x [X, K], codes [E, N, ...], integer [P] -> [P, N]; X divides P."""
+    return _gemv(rotate(x, decoder.block_size), codes, norms, decoder, experts)
+
+
 def gemv(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
-    """x W^T from rotated rows: [M, Kp], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
+    """`product` of rows that are rotated already, [M, Kp]: what `tune` times."""
     return _gemv(x, codes, norms, decoder, experts=None)
-
-
-def gather_gemv(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
-    """Row i is x[i * X // P] W[experts[i]]^T: x [X, Kp], codes [E, N, ...], integer [P] -> [P, N]; X divides P."""
-    return _gemv(x, codes, norms, decoder, experts)
 
 
 def _gemv(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder, experts: mx.array | None) -> mx.array:

@@ -123,13 +123,14 @@ def _precompiled(mode: str) -> list[str]:
     return ["-include-pch", str(header)]
 
 
-def _runtime_object(part: str) -> Path:
-    target = _cache() / f"{part}_{_hash(_own_sources())}.o"
+def _runtime_object(part: str, threadgroup_memory: int = 32768) -> Path:
+    target = _cache() / f"{part}_{_hash(_own_sources(), str(threadgroup_memory))}.o"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, "part.o")
             source = HERE / "runtime" / f"{part}.cpp"
-            _run([CLANG, "-std=c++17", "-fPIC", "-O2", "-c", str(source), "-o", str(built)])
+            limit = f"-DTHREADGROUP_MEMORY_LIMIT=size_t({threadgroup_memory})"
+            _run([CLANG, "-std=c++17", "-fPIC", "-O2", limit, "-c", str(source), "-o", str(built)])
             _install(built, target)
     return target
 

@@ -9,7 +9,9 @@ enum class State { READY, IN_COLLECTIVE, AT_THREADGROUP_BARRIER, AT_SIMDGROUP_BA
 
 constexpr size_t STACK_BYTES = 256 * 1024;
 constexpr uint32_t SIMD_WIDTH = 32;
-constexpr size_t THREADGROUP_MEMORY_LIMIT = 32768;  // bytes; every Apple GPU family
+#ifndef THREADGROUP_MEMORY_LIMIT
+#define THREADGROUP_MEMORY_LIMIT size_t(32768)  // bytes; every Apple GPU family
+#endif
 constexpr uint32_t THREADGROUP_SIZE_LIMIT = 1024;
 
 struct Fiber {
