@@ -126,16 +126,13 @@ class Kernels:
         return True
 
     def _multiply(self, x: mx.array, codes: mx.array, norms: mx.array) -> mx.array:
-        matrix = x.reshape(-1, self.spec.in_features)
-        if matrix.shape[0] <= backend().GEMV_MAX_ROWS:
-            y = backend().product(matrix, codes, norms, self._decoder())
-        else:
-            rotated = backend().rotate(matrix, self.spec.block_size)
-            step = max(SCRATCH_WEIGHTS // self.spec.padded_in_features, 1)
-            starts = range(0, codes.shape[0], step)
-            parts = [rotated @ self._dequantize(codes[i : i + step], norms[i : i + step], x.dtype).T for i in starts]
-            y = parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
-        return y.reshape(*x.shape[:-1], codes.shape[0])
+        if x.size <= backend().GEMV_MAX_ROWS * self.spec.in_features:
+            return backend().product(x, codes, norms, self._decoder())
+        rotated = self._rotate(x)
+        step = max(SCRATCH_WEIGHTS // self.spec.padded_in_features, 1)
+        starts = range(0, codes.shape[0], step)
+        parts = [rotated @ self._dequantize(codes[i : i + step], norms[i : i + step], x.dtype).T for i in starts]
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
 
     def _gradient(self, primals: tuple, cotangent: mx.array, _output: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         x, codes, norms = primals

@@ -57,25 +57,34 @@ def rotate(x: mx.array, block_size: int) -> mx.array:
 
 
 def product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
-    """x W^T, not rotated yet: [M, K], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
-    return _product(x, codes, norms, decoder, experts=None)
+    """x W^T: [..., K] of M <= GEMV_MAX_ROWS rows, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [..., N]."""
+    rows = x.size // x.shape[-1]
+    return _product(x, codes, norms, decoder, rows, (*x.shape[:-1], codes.shape[0]))
 
 
 def gather_product(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
     """Row i is x[i * X // P] W[experts[i]]^T: x [X, K], codes [E, N, ...], integer [P] -> [P, N]; X divides P."""
-    return _product(x, codes, norms, decoder, experts)
+    shape = (experts.size, codes.shape[1])
+    return _product(x, codes, norms, decoder, 1, shape, experts.astype(mx.uint32))
 
 
-def _product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder, experts: mx.array | None) -> mx.array:
-    outputs, rows = codes.shape[-2], x.shape[0] if experts is None else experts.size
-    together = rows if experts is None else 1  # rows that share a matrix
+def _product(
+    x: mx.array,
+    codes: mx.array,
+    norms: mx.array,
+    decoder: Decoder,
+    rows: int,  # that share a matrix
+    shape: tuple[int, ...],  # of the result
+    experts: mx.array | None = None,
+) -> mx.array:
+    outputs = codes.shape[-2]
     tensor_cores = decoder.bits == 4 and x.dtype != mx.float32
-    if together > 1 or not tensor_cores:
-        x = rotate(x, decoder.block_size)
-    columns = x.shape[1]
-    sizes = {"T": x.dtype, "BLOCK": decoder.block_size, "M": together, "N": outputs, "K": columns}
+    if rows > 1 or not tensor_cores:
+        x = rotate(x.reshape(-1, x.shape[-1]), decoder.block_size)
+    columns = x.shape[-1]
+    sizes = {"T": x.dtype, "BLOCK": decoder.block_size, "M": rows, "N": outputs, "K": columns}
     if tensor_cores:
-        warps, tiles = _shape(outputs, columns, together)
+        warps, tiles = _shape(outputs, columns, rows)
         name, threads, width = "gemv_mma", 32 * warps, 16 * tiles
         sizes |= {"WARPS": warps, "TILES": tiles}
     else:
@@ -83,12 +92,12 @@ def _product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder, ex
         name, threads, width = "gemv", min(_MAX_THREADS, -(-chunks // 32) * 32), _OUTPUTS
         sizes = {"T": x.dtype, "BITS": decoder.bits, **sizes, "THREADS": threads, "OUTPUTS": width}
     arrays = {"x": x, "codes": codes, "norms": norms, "table": decoder.table}
-    extra = ("nullptr", 1)
+    extra, pairs = ("nullptr", 1), 1
     if experts is not None:
-        arrays["experts"] = experts.astype(mx.uint32)
-        extra = ("experts", rows // x.shape[0])
-    grid = (threads * -(-outputs // width), 1, 1 if experts is None else rows)
-    return _launch(name, arrays, sizes, grid, threads, (rows, outputs), extra)
+        arrays["experts"], pairs = experts, experts.size
+        extra = ("experts", pairs // (x.size // columns))
+    grid = (threads * -(-outputs // width), 1, pairs)
+    return _launch(name, arrays, sizes, grid, threads, shape, extra)
 
 
 def _shape(outputs: int, columns: int, rows: int) -> tuple[int, int]:

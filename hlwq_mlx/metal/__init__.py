@@ -47,8 +47,9 @@ def rotate(x: mx.array, block_size: int) -> mx.array:
 
 
 def product(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
-    """x W^T, not rotated yet: [M, K], M <= GEMV_MAX_ROWS, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [M, N]."""
-    return _gemv(rotate(x, decoder.block_size), codes, norms, decoder, experts=None)
+    """x W^T: [..., K] of M <= GEMV_MAX_ROWS rows, uint32 [N, Kp * b / 32], float16 [N, Kp / B] -> [..., N]."""
+    y = _gemv(rotate(x.reshape(-1, x.shape[-1]), decoder.block_size), codes, norms, decoder, experts=None)
+    return y.reshape(*x.shape[:-1], codes.shape[0])
 
 
 def gather_product(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.array, decoder: Decoder) -> mx.array:
@@ -57,7 +58,7 @@ def gather_product(x: mx.array, codes: mx.array, norms: mx.array, experts: mx.ar
 
 
 def gemv(x: mx.array, codes: mx.array, norms: mx.array, decoder: Decoder) -> mx.array:
-    """`product` of rows that are rotated already, [M, Kp]: what `tune` times."""
+    """`product` of rows that are rotated already, [M, Kp] -> [M, N]: what `tune` times."""
     return _gemv(x, codes, norms, decoder, experts=None)
 
 
