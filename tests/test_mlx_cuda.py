@@ -107,9 +107,10 @@ def test_product(bits: int, block_size: int, outputs: int, columns: int, rows: i
     assert_product(y, x, packed.rotated, block_size)
 
 
-def test_two_tiles_a_thread_block(device: str, monkeypatch: pytest.MonkeyPatch):
-    """As for a matrix of many rows, with rows that end inside the second tile."""
-    monkeypatch.setattr(cuda, "_shape", lambda *_: (2, 2))
+@pytest.mark.parametrize("tiles", [1, 3])
+def test_other_tiles_a_thread_block(tiles: int, device: str, monkeypatch: pytest.MonkeyPatch):
+    """As many as the benchmark tries, with rows that end inside the last one."""
+    monkeypatch.setattr(cuda, "_shape", lambda *_: (2, tiles))
     packed, x = Packed(ModuleSpec(4, 128, 2560), 53), normal(1, 2560, dtype=mx.bfloat16)
     assert_product(cuda.product(x, packed.codes, packed.norms, packed.decoder), x, packed.rotated, 128)
 

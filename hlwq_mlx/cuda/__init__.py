@@ -18,8 +18,7 @@ __all__ = ["GEMV_MAX_ROWS", "Decoder", "decoder", "dequantize", "embedding", "ga
 GEMV_MAX_ROWS = 8
 _BLOCK_WARPS = 4  # rotate.cuh, embedding.cuh: blocks a thread block
 _COLUMNS = 512  # HLWQ_COLUMNS of gemv_mma.cuh
-_MAX_WARPS, _MAX_TILES = 8, 8
-_PROCESSORS = 132  # of an H100 or H200: the shape of a launch is chosen for them
+_MAX_WARPS = 8
 _OUTPUTS, _MAX_THREADS = 4, 128  # gemv.cuh
 _DEQUANTIZED = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}  # codes of a thread at a time: whole words and 16 bytes of half
 _STEPS = 4
@@ -84,7 +83,7 @@ def _product(
     columns = x.shape[-1]
     sizes = {"T": x.dtype, "BLOCK": decoder.block_size, "M": rows, "N": outputs, "K": columns}
     if tensor_cores:
-        warps, tiles = _shape(outputs, columns, rows)
+        warps, tiles = _shape(columns, rows)
         name, threads, width = "gemv_mma", 32 * warps, 16 * tiles
         sizes |= {"WARPS": warps, "TILES": tiles}
     else:
@@ -100,19 +99,12 @@ def _product(
     return _launch(name, arrays, sizes, grid, threads, shape, extra)
 
 
-def _shape(outputs: int, columns: int, rows: int) -> tuple[int, int]:
+def _shape(columns: int, rows: int) -> tuple[int, int]:
     """Warps and tiles of a thread block of gemv_mma.cuh."""
     chunks = -(-columns // _COLUMNS)
     even = [warps for warps in range(_MAX_WARPS // 2, _MAX_WARPS + 1) if chunks % warps == 0]
-    warps = even[-1] if even else min(_MAX_WARPS, chunks)
-    if rows > 1:
-        return warps, 1
-
-    def busiest(tiles: int) -> int:
-        """Tiles of time on the processor with most thread blocks; one starts as long as a tile takes."""
-        return -(-outputs // (16 * tiles * _PROCESSORS)) * (tiles + 1)
-
-    return warps, min(range(1, _MAX_TILES + 1), key=busiest)
+    # two tiles are 8 to 21 % faster than one at every shape measured, more are slower (results/mlx_cuda_h100.json)
+    return even[-1] if even else min(_MAX_WARPS, chunks), 2 if rows == 1 else 1
 
 
 def dequantize(codes: mx.array, norms: mx.array, dtype: mx.Dtype, decoder: Decoder) -> mx.array:
