@@ -8,8 +8,7 @@ Free: moves, address modes, half to float in an operand. Shifts and integer/floa
 GPUs where everything else takes one, but in a pipeline of their own (github.com/philipturner/metal-benchmarks).
 
 Kernels: ours by each way; MLX's affine kernel (qmv_fast), cut at run time from the headers of the installed mlx; and
-the design that turboquant-mlx-full publishes for 4 bits, restated here: one row a simdgroup, a word, a shift and an
-indexed centroid array for every weight.
+that of a peer with such codes, from the installed package jang (in the extra `test`).
 
 Time of a token = max(bytes / (bandwidth * efficiency), weights * slots / (lanes * clock * .6)) + launches * 3 us.
 Efficiency is set by the published speed of MLX's own 4-bit models where there is one, else .80.
@@ -38,6 +37,7 @@ COLUMNS, OUTPUTS = 4096, 4096
 WEIGHTS_9B = 5.1e9 * 8 / 4.5  # Qwen3.5-9B: MLX's 4-bit file is 5.1 GB at 4.5 bits a weight
 LAUNCHES, LAUNCH_SECONDS = 400, 3e-6
 ALU_EFFICIENCY = 0.6
+ROWS = (2, 3, 4, 5, 6, 8)  # of x, at once
 
 
 class Chip(NamedTuple):
@@ -225,38 +225,16 @@ def _function(text: str, signature: str) -> str:
     return text[start:end]
 
 
-def rival() -> Count:
-    """One row a simdgroup, a word, a shift, a mask and an indexed centroid for every weight; RMS of 64 weights."""
-    body = """
-      thread float table[16];
-      for (int i = 0; i < 16; i++) table[i] = centroids[i];
-      uint row = threadgroup_position_in_grid.x, lane = thread_index_in_simdgroup;
-      float sum = 0.0f;
-      for (uint k = lane; k < uint(x_shape[1]); k += 32) {
-        uint code = (codes[row * (uint(x_shape[1]) / 8) + k / 8] >> (4 * (k % 8))) & 15u;
-        sum += table[code] * float(scales[row * (uint(x_shape[1]) / 64) + k / 64]) * float(x[k]);
-      }
-      sum = simd_sum(sum);
-      if (lane == 0) y[row] = T(sum);
-    """
+def jang() -> Count:
+    """The decode kernel of jang 2.5.50 (a peer), from the installed package: the layout of qmv_fast, a cubic a code."""
+    from jang_tools.jangh import kernels as peer
 
-    def launch() -> None:
-        kernel = mx.fast.metal_kernel("rival", ["x", "codes", "scales", "centroids"], ["y"], body)
-        kernel(
-            inputs=[
-                mx.zeros((1, COLUMNS), mx.float16),
-                mx.zeros((OUTPUTS, COLUMNS // 8), mx.uint32),
-                mx.zeros((OUTPUTS, COLUMNS // 64), mx.float16),
-                mx.zeros(16),
-            ],
-            template=[("T", mx.float16)],
-            grid=(32 * OUTPUTS, 1, 1),
-            threadgroup=(32, 1, 1),
-            output_shapes=[(1, OUTPUTS)],
-            output_dtypes=[mx.float16],
-        )
-
-    return count(*generated(launch), weights=1)
+    codes, scales = mx.zeros((1, OUTPUTS, COLUMNS // 8), mx.uint32), mx.zeros((1, OUTPUTS), mx.float16)
+    x, expert = mx.zeros((1, COLUMNS), mx.float16), mx.array([0])
+    peer._qmv_kernel.cache_clear()
+    name, text = generated(lambda: peer.gather_qmv(x, codes, scales, None, expert, 4, x_per_dispatch=True))
+    peer._qmv_kernel.cache_clear()
+    return count(name, text, weights=4 * 16)
 
 
 def tokens_per_second(chip: Chip, bits_per_weight: float, slots: float) -> float:
@@ -281,21 +259,33 @@ def main() -> None:
         "HLWQ 2 bits, table": (ours(2, Way.TABLE), 2.125),
         "HLWQ 3 bits, table": (ours(3, Way.TABLE), 3.125),
         "MLX affine 4 bits": (mlx_affine(), 4.5),
-        "row a simdgroup, indexed array": (rival(), 4.25),
+        "jang 4 bits, cubic": (jang(), 4 + 16 / COLUMNS),
     }
-    for rows in (2, 4, 8):
+    for rows in ROWS:
         kernels[f"HLWQ 4 bits, table, M = {rows}"] = (ours(4, Way.TABLE, rows), 4.125)
-    out: dict = {"note": "a model, not a measurement", "operations a weight": {}, "tokens/s, 9B": {}}
+    out: dict = {"note": "a model, not a measurement"}
+    out |= {"operations a weight": {}, "tokens/s, 9B": {}, "time of M rows over one": {}}
     print(f"{'operations a weight':40} {'all':>6} {'simple':>7} {'slow':>6} {'loads':>6} {'slots':>6}")
     for name, (c, _) in kernels.items():
         row = [round(value, 3) for value in (c.operations, c.simple, c.slow, c.loads, c.slots)]
         out["operations a weight"][name] = row
         print(f"{name:40} {row[0]:6.2f} {row[1]:7.2f} {row[2]:6.2f} {row[3]:6.2f} {row[4]:6.2f}")
-    print("\npredicted tokens/s of a 9B: " + ", ".join(kernels))
+    one_row = {name: value for name, value in kernels.items() if "M =" not in name}
+    print("\npredicted tokens/s of a 9B: " + ", ".join(one_row))
     for chip_name, chip in CHIPS.items():
-        row = {name: round(tokens_per_second(chip, bits, c.slots), 1) for name, (c, bits) in kernels.items()}
+        row = {name: round(tokens_per_second(chip, bits, c.slots), 1) for name, (c, bits) in one_row.items()}
         out["tokens/s, 9B"][chip_name] = {**row, "published, MLX affine": chip.published}
         print(f"{chip_name:9}", *(f"{value:6.1f}" for value in row.values()), "published", chip.published)
+    print("\npredicted time of a step of M rows over that of one row, M =", *ROWS)
+    alone, bits = kernels["HLWQ 4 bits, table"]
+    for chip_name, chip in CHIPS.items():
+        times = [kernels[f"HLWQ 4 bits, table, M = {rows}"][0].slots for rows in ROWS]
+        speed = tokens_per_second(chip, bits, alone.slots)
+        out["time of M rows over one"][chip_name] = row = {
+            rows: round(speed / tokens_per_second(chip, bits, slots), 2)
+            for rows, slots in zip(ROWS, times, strict=True)
+        }
+        print(f"{chip_name:9}", *(f"{value:6.2f}" for value in row.values()))
     if args.output:
         Path(args.output).write_text(json.dumps(out, indent=1) + "\n")
 

@@ -1,4 +1,7 @@
-"""The emulator runs kernels that this project did not write, from the installed mlx-lm: a second opinion on itself."""
+"""The emulator runs kernels that this project did not write: a second opinion on itself.
+
+They come from installed packages, mlx-lm and jang (a peer, in the extra `test`), and are not copied here.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,10 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
+import pytest
 from mlx_lm.models import bitlinear_layers, gated_delta
 
+from convert import packing, reference
 from tests import metal_cpu
 from tests.metal_cpu import require
 
@@ -61,3 +66,32 @@ def test_gated_delta_of_mlx_lm():
     for mine, theirs in zip(got, expected, strict=True):
         # two float32 orders of the same sums of 64 products, over five steps
         assert np.abs(np.array(mine) - np.array(theirs)).max() <= 1e-5
+
+
+@require.peer
+@pytest.mark.parametrize("bits,rows,columns,rotate", [(4, 16, 1024, False), (3, 13, 544, True), (2, 8, 512, True)])
+def test_decode_kernel_of_jang(bits: int, rows: int, columns: int, rotate: bool):
+    """Hadamard-32 of x, then MLX's layout for one row with a cubic for each code; with and without its guards."""
+    from jang_tools.jangh import format as jang_format
+    from jang_tools.jangh import kernels as jang
+
+    random = np.random.default_rng(bits)
+    codes = random.integers(0, 2**bits, (3, rows, columns)).astype(np.uint8)
+    scales = random.uniform(0.5, 2, (3, rows)).astype(np.float16)
+    x = mx.array(random.standard_normal((1, columns)).astype(np.float16))
+    packed = mx.array(packing.pack(codes, bits))  # the same bit stream
+    assert np.array_equal(np.array(jang_format.unpack_bitstream(packed, bits, columns)), codes)
+    experts = mx.array([2, 0])
+    jang._qmv_kernel.cache_clear()
+    with metal_cpu.emulated():
+        y = jang.gather_qmv(x, packed, mx.array(scales), None, experts, bits, x_per_dispatch=False, rotate=rotate)
+    jang._qmv_kernel.cache_clear()
+    activation = np.array(x).astype(np.float64)
+    if rotate:
+        activation = reference.rotate(activation, 32)
+    level = np.arange(2**bits) - (2**bits - 1) / 2
+    first, third = jang_format.cubic_params(bits)
+    weight = (level * (first + third * level**2))[codes] * scales[..., None].astype(np.float64)
+    for i, expert in enumerate(np.array(experts)):
+        bound = 2.0**-24 * (columns + 16) * (np.abs(activation) @ np.abs(weight[expert]).T)
+        assert (np.abs(np.array(y[i]) - activation @ weight[expert].T) <= bound).all()

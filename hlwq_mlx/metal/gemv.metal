@@ -3,9 +3,10 @@
 //
 // The layout of MLX's affine kernel for few rows (qmv_fast): two simdgroups of four outputs each, a lane takes one chunk
 // of every row at a time (32 codes: 16 bytes at 4 bits), its activations serve four outputs, simd_sum at the end. Rows
-// beyond N are clamped, not skipped, so that trip counts stay fixed. A norm is applied once a chunk when M = 1, and to
-// the decoded values when several rows of x share them.
+// beyond N are clamped, not skipped, so that trip counts stay fixed. A norm is applied once a chunk to the sums of up to
+// four rows of x; of more rows a second set of sums would not fit the registers, and it is applied to decoded values.
   constexpr int ROWS = 4;
+  constexpr bool LATE = M <= 4;
 #ifdef HLWQ_ENTRIES
   threadgroup uint lookup_s[HLWQ_ENTRIES];
   for (uint i = thread_index_in_threadgroup; i < HLWQ_ENTRIES; i += 64) lookup_s[i] = lookup[i];
@@ -39,12 +40,15 @@
       hlwq_load(codes + row * row_words + k / 32 * HLWQ_BITS + (k & 31) * HLWQ_BITS / 32, words[r]);
       norm[r] = float(norms[row * row_blocks + k / HLWQ_BLOCK]);
     }
-    float part[ROWS] = {0.0f, 0.0f, 0.0f, 0.0f};
+    float part[LATE ? M : 1][ROWS];
+    HLWQ_UNROLL for (int m = 0; m < (LATE ? M : 1); m++) {
+      HLWQ_UNROLL for (int r = 0; r < ROWS; r++) part[m][r] = 0.0f;
+    }
     HLWQ_UNROLL for (int g = 0; g < HLWQ_CHUNK / HLWQ_GROUP; g++) {
       float c[ROWS][HLWQ_GROUP];
       HLWQ_UNROLL for (int r = 0; r < ROWS; r++) {
         HLWQ_DECODE(words[r], g, c[r]);
-        if (M > 1) {
+        if (!LATE) {
           HLWQ_UNROLL for (int i = 0; i < HLWQ_GROUP; i++) c[r][i] *= norm[r];
         }
       }
@@ -59,16 +63,18 @@
         }
         HLWQ_UNROLL for (int r = 0; r < ROWS; r++) {
           HLWQ_UNROLL for (int i = 0; i < HLWQ_GROUP; i++) {
-            if (M > 1)
-              sum[m][r] = fma(c[r][i], a[i], sum[m][r]);
+            if (LATE)
+              part[LATE ? m : 0][r] = fma(c[r][i], a[i], part[LATE ? m : 0][r]);
             else
-              part[r] = fma(c[r][i], a[i], part[r]);
+              sum[m][r] = fma(c[r][i], a[i], sum[m][r]);
           }
         }
       }
     }
-    if (M == 1) {
-      HLWQ_UNROLL for (int r = 0; r < ROWS; r++) sum[0][r] = fma(norm[r], part[r], sum[0][r]);
+    if (LATE) {
+      HLWQ_UNROLL for (int m = 0; m < M; m++) {
+        HLWQ_UNROLL for (int r = 0; r < ROWS; r++) sum[m][r] = fma(norm[r], part[LATE ? m : 0][r], sum[m][r]);
+      }
     }
   }
   HLWQ_UNROLL for (int m = 0; m < M; m++) {

@@ -1,7 +1,8 @@
-"""The mark of test modules that emulate kernels: skipped without clang; in continuous integration that is a failure."""
+"""Marks of tests that emulate kernels: skipped without clang or a peer's package; in CI that is a failure."""
 
 from __future__ import annotations
 
+import importlib.util
 import os
 
 import pytest
@@ -12,3 +13,8 @@ reason = clang_missing()
 if reason and os.environ.get("CI"):
     raise RuntimeError(reason)
 emulator = pytest.mark.skipif(reason is not None, reason=str(reason))
+
+missing = None if importlib.util.find_spec("jang_tools") else "needs the peer's kernels: pip install jang==2.5.50"
+if missing and os.environ.get("CI"):
+    raise RuntimeError(missing)
+peer = pytest.mark.skipif(missing is not None, reason=str(missing))
