@@ -6,6 +6,7 @@ import importlib
 import importlib.util
 import io
 import json
+import re
 import socket
 import subprocess
 import sys
@@ -80,6 +81,31 @@ def test_perplexity(model: Path, command: Callable[..., str], monkeypatch: pytes
     assert "Model loaded: 0.4M parameters" in output  # the weights of the source, not the words of the codes
     perplexity = float(output.split("Perplexity: ")[1].split()[0])
     assert 50 < perplexity < 1e6  # random tokens of 259: no model does better
+
+
+def test_lora_trains_generate_takes_the_adapter_and_fuse_refuses(
+    model: Path, command: Callable[..., str], tmp_path: Path
+):
+    """The commands themselves: the loss falls, the adapter loads, and it is not merged into codes behind one's back."""
+    data, adapter, fused = tmp_path / "data", tmp_path / "adapter", tmp_path / "fused"
+    data.mkdir()
+    for part in ("train", "valid"):
+        (data / f"{part}.jsonl").write_text(4 * (json.dumps({"text": "the quick brown fox jumps over the dog"}) + "\n"))
+    options = {"--data": data, "--adapter-path": adapter, "--iters": 20, "--batch-size": 2, "--num-layers": 1}
+    options |= {"--learning-rate": 5e-3, "--steps-per-report": 5, "--val-batches": 1}
+    output = command("lora", "--model", model, "--train", *(word for option in options.items() for word in option))
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", output)  # the report is a table in colors: iteration, loss, ...
+    losses = [float(loss) for loss in re.findall(r"^ +\d+ +([\d.]+) ", plain, flags=re.MULTILINE)]
+    assert len(losses) == 4 and losses[-1] < 0.9 * losses[0], output
+    weights = mx.load(str(adapter / "adapters.safetensors"))
+    # q, k, v, o, gate, up and down of the one layer: none is skipped
+    assert len({name.rpartition(".")[0] for name in weights}) == 7
+    assert all(np.abs(np.array(array)).max() > 0 for array in weights.values())
+    arguments = ("--model", model, "--adapter-path", adapter, "--prompt", "the", "--max-tokens", 3, "--temp", 0)
+    assert "Generation: 3 tokens" in command("generate", *arguments)
+    with pytest.raises(ValueError, match="an adapter cannot be fused into it: load the model with --adapter-path"):
+        command("fuse", "--model", model, "--adapter-path", adapter, "--save-path", fused)
+    assert not fused.exists()
 
 
 @pytest.fixture(scope="module")
