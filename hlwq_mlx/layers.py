@@ -107,8 +107,10 @@ class _Matrix(_Quantized):
     def _multiply(self, x: mx.array) -> mx.array:
         path = self._path(x.dtype)
         if path is ops.Path.KERNELS:
-            if self._siblings:
-                return self._siblings.compute(self._index, x)
+            if self._siblings and not self.training:  # adapters on top see one layer at a time
+                y = self._siblings.compute(self._index, x)
+                if y is not None:
+                    return y
             # a module is a dict: looking arrays up in it is ten times as fast as by attribute
             return self._kernels.product(x, self["weight_codes"], self["weight_norms"], (), self.training)[0]
         if path is ops.Path.DECODED:
@@ -183,5 +185,7 @@ class HLWQSwitchLinear(_Quantized):
         if path is ops.Path.PORTABLE or self.training:  # plain operations have gradients
             return ops.gather_linear(x, *packed, self._table, self.spec, indices, sorted_indices)
         if self._siblings:
-            return self._siblings.compute(self._index, x, indices, sorted_indices)
+            y = self._siblings.compute(self._index, x, indices, sorted_indices)
+            if y is not None:
+                return y
         return self._kernels.gather_product(x, *packed, indices, sorted_indices)[0]

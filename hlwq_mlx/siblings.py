@@ -47,30 +47,43 @@ class Siblings:
             self._inputs = ()
         return result
 
-    def compute(self, index: int, x: mx.array, *indices) -> mx.array:
-        """The product of layer `index`; those of the others wait. `indices`: which experts, for a stack."""
-        self.combine()
+    def compute(self, index: int, x: mx.array, *indices) -> mx.array | None:
+        """The product of layer `index`; those of the others wait. `indices`: which experts, for a stack.
+
+        None when the layers cannot be combined now.
+        """
+        if not self.combine():
+            return None
         first = self.layers[0]
         if indices:
             results = first._kernels.gather_product(x, self._codes, self._norms, *indices, edges=self._edges)
         else:
-            results = first._kernels.product(x, self._codes, self._norms, self._edges, first.training)
+            results = first._kernels.product(x, self._codes, self._norms, self._edges)
         self._inputs, self._waiting = (x, *indices), dict(enumerate(results))
         return self._waiting.pop(index)
 
-    def combine(self) -> None:
-        """Concatenate the rows once; the layers keep views of the result, so no weight is stored twice."""
+    def combine(self) -> bool:
+        """Concatenate the rows once; the layers keep views of the result, so no weight is stored twice.
+
+        False while mx.compile traces a function that has the parameters as inputs: they are placeholders then.
+        """
         if self._sources and unchanged(self._sources):
-            return
-        self._codes = mx.concatenate([layer.weight_codes for layer in self.layers], axis=-2)
-        self._norms = mx.concatenate([layer.weight_norms for layer in self.layers], axis=-2)
+            return True
+        codes = mx.concatenate([layer.weight_codes for layer in self.layers], axis=-2)
+        norms = mx.concatenate([layer.weight_norms for layer in self.layers], axis=-2)
+        try:
+            mx.eval(codes, norms)
+        except ValueError:
+            return False
+        self._codes, self._norms = codes, norms
         # where the outputs of one layer end and those of the next begin
         self._edges = tuple(accumulate(layer.weight_codes.shape[-2] for layer in self.layers[:-1]))
-        parts = zip(mx.split(self._codes, self._edges, -2), mx.split(self._norms, self._edges, -2), strict=True)
+        parts = zip(mx.split(codes, self._edges, -2), mx.split(norms, self._edges, -2), strict=True)
         self._sources = []
         for layer, (layer.weight_codes, layer.weight_norms) in zip(self.layers, parts, strict=True):
             self._sources += [(layer, name, layer[name]) for name in ("weight_codes", "weight_norms")]
-        mx.eval(self._codes, self._norms, [array for *_, array in self._sources])
+        mx.eval([array for *_, array in self._sources])
+        return True
 
 
 def unchanged(sources: list[tuple[nn.Module, str, object]]) -> bool:

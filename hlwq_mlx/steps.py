@@ -6,7 +6,7 @@ Other parts hold a cache whose length changes at every token, so they cannot be 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 
 import mlx.core as mx
@@ -24,11 +24,7 @@ MAX_ROWS = 8  # more are a prompt: every length would be compiled
 class Step:
     """`module` compiled, its arrays as constants: good as long as it has the layers and arrays of that moment."""
 
-    def __init__(self, module: nn.Module, call) -> None:
-        for name in NAMES:
-            siblings = getattr(module[name], "_siblings", None)
-            if siblings:
-                siblings.combine()  # now: it replaces arrays
+    def __init__(self, module: nn.Module, call: Callable[..., mx.array]) -> None:
         self._holders = [(module, name, module[name]) for name in NAMES]
         self._holders += [(layer, name, array) for _, _, layer in self._holders for name, array in _arrays(layer)]
         self.compiled = mx.compile(lambda *inputs: call(module, *inputs))
@@ -36,6 +32,26 @@ class Step:
     def current(self) -> bool:
         """Whether nothing was replaced since (adapters, loaded weights)."""
         return unchanged(self._holders)
+
+
+def _step(module: nn.Module, call: Callable[..., mx.array]) -> Step | None:
+    """The module's step, made anew where it is not current.
+
+    None while mx.compile traces a function that has the parameters as inputs: no constants can be made of them.
+    """
+    step = module.__dict__.get("_step")
+    if step is not None and step.current():
+        return step
+    try:
+        mx.eval([array for name in NAMES for _, array in _arrays(module[name])])
+    except ValueError:
+        return None
+    for name in NAMES:
+        siblings = getattr(module[name], "_siblings", None)
+        if siblings:
+            siblings.combine()  # now: it replaces arrays
+    step = module.__dict__["_step"] = Step(module, call)
+    return step
 
 
 def compile_steps(modules: Iterable[nn.Module]) -> None:
@@ -53,12 +69,11 @@ def _with_step(cls: type[nn.Module]) -> type[nn.Module]:
     def __call__(self, x: mx.array, *more, **named):
         layer = self["up_proj"]
         few = x.size <= MAX_ROWS * x.shape[-1] and not self.training and not named
-        if not few or not hasattr(layer, "_path") or layer._path(x.dtype) is not ops.Path.KERNELS:
-            return cls.__call__(self, x, *more, **named)
-        step = self.__dict__.get("_step")
-        if step is None or not step.current():
-            step = self.__dict__["_step"] = Step(self, cls.__call__)
-        return step.compiled(x, *more)
+        if few and hasattr(layer, "_path") and layer._path(x.dtype) is ops.Path.KERNELS:
+            step = _step(self, cls.__call__)
+            if step is not None:
+                return step.compiled(x, *more)
+        return cls.__call__(self, x, *more, **named)
 
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
 

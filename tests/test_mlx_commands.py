@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import io
@@ -20,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_startup import ROOT, STARTUP, ensure_found
+from plain_kernels import as_on_a_gpu
 from tiny_models import tiny_model
 
 from convert.__main__ import main
@@ -50,7 +52,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> C
     return run
 
 
-def test_generate(model: Path, command: Callable[..., str]):
+def test_generate(path: str, model: Path, command: Callable[..., str]):
     output = command("generate", "--model", model, "--prompt", "hello", "--max-tokens", 5, "--temp", 0)
     assert "Generation: 5 tokens" in output
 
@@ -83,8 +85,15 @@ def test_perplexity(model: Path, command: Callable[..., str], monkeypatch: pytes
     assert 50 < perplexity < 1e6  # random tokens of 259: no model does better
 
 
+@pytest.fixture(params=["decoded", "kernels"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
+    """How layers compute: as on a CPU, or as on a GPU."""
+    with as_on_a_gpu() if request.param == "kernels" else contextlib.nullcontext():
+        yield request.param
+
+
 def test_lora_trains_generate_takes_the_adapter_and_fuse_refuses(
-    model: Path, command: Callable[..., str], tmp_path: Path
+    path: str, model: Path, command: Callable[..., str], tmp_path: Path
 ):
     """The commands themselves: the loss falls, the adapter loads, and it is not merged into codes behind one's back."""
     data, adapter, fused = tmp_path / "data", tmp_path / "adapter", tmp_path / "fused"

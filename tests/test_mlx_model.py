@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from mlx_startup import ensure_found
 from numpy_model import reference_logits
+from plain_kernels import as_on_a_gpu
 from tiny_models import FAMILIES, tiny_model
 
 from convert import target_mlx
@@ -94,6 +95,22 @@ def test_one_token_at_a_time_equals_the_whole_prompt(models, family: str):
     whole, cache = logits(model), mlx_lm.models.cache.make_prompt_cache(model)
     steps = [np.array(model(mx.array([[token]]), cache=cache)[0, 0], np.float64) for token in TOKENS]
     assert relative_error(np.array(steps), whole) < 2e-5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_path_of_a_gpu(models, family: str):
+    """Siblings, compiled feed-forward modules and products of few rows, around plain operations instead of kernels."""
+    model, _ = mlx_lm.load(str(models(family, "float32")[1]))
+    whole, cache = logits(model), mlx_lm.models.cache.make_prompt_cache(model)
+    with as_on_a_gpu():
+        assert relative_error(logits(model), whole) < 2e-5
+        steps = [np.array(model(mx.array([[token]]), cache=cache)[0, 0], np.float64) for token in TOKENS]
+        assert relative_error(np.array(steps), whole) < 2e-5
+        compiled = [module for module in model.modules() if "_step" in vars(module)]
+        assert bool(compiled) == (family != "gpt2")  # its feed-forward module has other names
+        # as mlx_lm.lora compiles its training step, with the parameters as inputs
+        traced = mx.compile(lambda tokens: model(tokens), inputs=model.state)
+        assert relative_error(logits(traced, TOKENS[:3]), whole[:3]) < 2e-5
 
 
 def test_what_mlx_lm_sees(models):
