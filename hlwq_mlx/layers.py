@@ -27,6 +27,8 @@ class _Quantized(nn.Module):
 
     # mlx-lm counts the parameters of a layer that has `bits` as weight.size * 32 // bits, and `weight` is decoded here
     bits = 32
+    _siblings: Siblings | None = None
+    _index = 0
 
     def __init__(
         self,
@@ -43,8 +45,7 @@ class _Quantized(nn.Module):
         self.weight_norms = mx.zeros((*rows, spec.blocks), mx.float16)
         if bias:
             self.bias = mx.zeros(rows, dtype)
-        self.codebook = tuple(codebook)
-        self._kernels = kernels(self.codebook, spec)
+        self._kernels = kernels(tuple(codebook), spec)
         self._table = ops.centroids(codebook, spec)  # "_": not a parameter
         self._kept: _Kept | None = None
         self.freeze()
@@ -58,9 +59,6 @@ class _Quantized(nn.Module):
         """Codes and norms have no gradient: they stay frozen, as in mlx.nn's quantized layers."""
         super().unfreeze(*args, **kwargs)
         return self.freeze(recurse=False)
-
-    _siblings: Siblings | None = None
-    _index = 0
 
     def join(self, siblings: Siblings, index: int) -> None:
         """Compute together with the other layers of `siblings`, as number `index`, where kernels are used."""

@@ -110,7 +110,7 @@ def test_gradient_is_that_of_the_dequantized_weight(weight):
     x.grad = bias.grad = None
     torch.nn.functional.linear(x, dense, bias).square().sum().backward()
     # y is off by two roundings to fp16 a product, of the rotated activation and of the centroid: at most
-    # 2**-10 |x| |w|, as rotations keep lengths (1 % more for float32 sums). The gradients, 2 y W and 2 y, carry that on.
+    # 2**-10 |x| |w|, as rotations keep lengths (1 % more for float32 sums). The gradients 2 y W and 2 y carry that on.
     off = 2.02 * 2**-10 * x.norm(dim=-1, keepdim=True) * dense.norm(dim=-1)
     assert ((found[0] - x.grad).abs() <= off @ dense.abs()).all()
     assert ((found[1] - bias.grad).abs() <= off.sum(0)).all()
