@@ -30,7 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from convert.codebook import codebook
 from convert.format import ModuleSpec
 from hlwq_mlx import cuda
-from hlwq_mlx.kernels import kernels
+from hlwq_mlx.kernels import kernels_for
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear
 from hlwq_mlx.siblings import link
 from hlwq_mlx.steps import compile_steps
@@ -138,7 +138,7 @@ def chain(
 def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, float]]:
     """Microseconds of one product, every provider on the same shapes."""
     x = mx.random.normal((rows, columns)).astype(mx.float16)
-    ours = kernels(codebook(4), ModuleSpec(4, 128, columns))
+    ours = kernels_for(codebook(4), ModuleSpec(4, 128, columns))
     scale = columns**-0.5
     times: dict[str, dict[str, float]] = {}
 

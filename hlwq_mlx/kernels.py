@@ -38,7 +38,7 @@ def backend() -> ModuleType | None:
 
 
 @cache
-def kernels(codebook: Codebook, spec: ModuleSpec) -> Kernels:
+def kernels_for(codebook: Codebook, spec: ModuleSpec) -> Kernels:
     """The products of all layers with this codebook and spec: one object, found once a layer, not at each call."""
     return Kernels(codebook, spec)
 

@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from hlwq_mlx import ops
-from hlwq_mlx.kernels import kernels
+from hlwq_mlx.kernels import kernels_for
 
 if TYPE_CHECKING:
     from hlwq_mlx.checkpoint import ModuleSpec
@@ -45,7 +45,7 @@ class _Quantized(nn.Module):
         self.weight_norms = mx.zeros((*rows, spec.blocks), mx.float16)
         if bias:
             self.bias = mx.zeros(rows, dtype)
-        self._kernels = kernels(tuple(codebook), spec)
+        self._kernels = kernels_for(tuple(codebook), spec)
         self._table = ops.centroids(codebook, spec)  # "_": not a parameter
         self._kept: _Kept | None = None
         self.freeze()

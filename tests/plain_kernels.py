@@ -52,10 +52,10 @@ class PlainKernels:
 def as_on_a_gpu() -> Iterator[None]:
     """Inside, layers take the path of a GPU whose kernels work."""
     plain = PlainKernels()
-    kernels.kernels.cache_clear()
+    kernels.kernels_for.cache_clear()
     with (
         mock.patch.object(kernels, "backend", lambda: plain),
         mock.patch.object(ops, "pick", lambda *_: ops.Path.KERNELS),
     ):
         yield
-    kernels.kernels.cache_clear()
+    kernels.kernels_for.cache_clear()

@@ -39,13 +39,13 @@ def on_metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     monkeypatch.setattr(metal, "_kernel", counted)
     monkeypatch.setattr(kernels, "backend", lambda: metal)
     monkeypatch.setattr(ops, "pick", lambda *_, **__: ops.Path.KERNELS)
-    kernels.kernels.cache_clear()
+    kernels.kernels_for.cache_clear()
     real.cache_clear()
     mx.disable_compile()  # the emulator needs values, mx.compile traces without them
     with metal_cpu.emulated():
         yield launched
     mx.enable_compile()
-    kernels.kernels.cache_clear()
+    kernels.kernels_for.cache_clear()
     real.cache_clear()
 
 
@@ -242,8 +242,8 @@ def test_a_kernel_that_does_not_compile_gives_one_warning(monkeypatch: pytest.Mo
     monkeypatch.setattr(metal, "_kernel", broken)
     kernels._warn_once.cache_clear()
     with pytest.warns(RuntimeWarning, match="plain MLX operations") as caught:
-        assert not kernels.kernels(codebook(4), SPEC).work(mx.float16)
-        assert not kernels.kernels(codebook(2), ModuleSpec(2, 64, 128)).work(mx.float16)
+        assert not kernels.kernels_for(codebook(4), SPEC).work(mx.float16)
+        assert not kernels.kernels_for(codebook(2), ModuleSpec(2, 64, 128)).work(mx.float16)
     assert len(caught) == 1
 
 

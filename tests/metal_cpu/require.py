@@ -14,7 +14,9 @@ if reason and os.environ.get("CI"):
     raise RuntimeError(reason)
 emulator = pytest.mark.skipif(reason is not None, reason=str(reason))
 
-missing = None if importlib.util.find_spec("jang_tools") else "the peer's kernels need Python 3.11: pip install jang==2.5.50"
+missing = None
+if not importlib.util.find_spec("jang_tools"):
+    missing = "the peer's kernel needs its package and Python 3.11: pip install jang==2.5.50"
 if missing and os.environ.get("CI"):
     raise RuntimeError(missing)
 peer = pytest.mark.skipif(missing is not None, reason=str(missing))
