@@ -17,7 +17,7 @@ PACKAGES = ("convert", "hlwq_mlx")
 # of `convert`, what hlwq_mlx imports; of hlwq_mlx, all but what belongs to an installation
 CONVERT_FILES = ("convert/__init__.py", "convert/codebook.py", "convert/format.py")
 LEFT_OUT = ("finder.py", "__main__.py")
-SUFFIXES = (".py", ".metal", ".h", ".cu", ".cuh")
+SUFFIXES = (".py", ".metal", ".h", ".cuh")
 _OWN_IMPORT = re.compile(rf"^(\s*)(from|import) ({'|'.join(PACKAGES)})\b", re.MULTILINE)
 
 _LOADER = '''\
