@@ -8,8 +8,9 @@
 // operands share: lane l takes quarter l % 4 of every block of the rows l / 4 and l / 4 + 8, in loads of B / 8 bytes.
 //
 // Two codes are one lookup in shared memory, where each lane has its own copy of the 256 pairs: no bank conflicts, and
-// two integer instructions a pair. Decoding in registers (prmt) took nine; that pipe runs at half the issue rate, and
-// 24576 x 4096 needed 17 us of it where memory needs 12 (counted in the machine code; 25 us measured, H200).
+// two integer instructions a pair. Decoding in registers (prmt) took four to five, and that pipe runs at half the issue
+// rate: counted in the machine code, 24576 x 4096 needed 17 us of it where an H200's memory needs 12. Measured: 24.8 us
+// on an H200 then, without the rotation, and 25.8 on an H100 now, with it.
 // M == 1: a warp rotates the columns that it uses while its codes are on their way, which saves a launch.
 #pragma once
 #include "decode.cuh"

@@ -18,7 +18,7 @@ from unittest import mock
 import mlx.core as mx
 
 from tests.metal_cpu import compiler
-from tests.metal_cpu.kernel import _empty, _to_mlx, _to_numpy, dispatch
+from tests.metal_cpu.kernel import dispatch, empty_output, to_mlx, to_numpy
 
 HERE = Path(__file__).parent
 TYPES = {mx.float16: "__half", mx.bfloat16: "__nv_bfloat16", mx.float32: "float", mx.uint32: "uint32_t"}
@@ -60,13 +60,13 @@ class EmulatedKernel:
 
     def __call__(self, *, inputs, output_shapes, output_dtypes, grid, threadgroup, template=()) -> list[mx.array]:
         program = self.text([value.dtype for value in inputs], output_dtypes, template)
-        outputs = [_empty(shape, dtype, None) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
-        buffers = [(name, _to_numpy(value), True) for name, value in zip(self.input_names, inputs, strict=True)]
+        outputs = [empty_output(shape, dtype, None) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        buffers = [(name, to_numpy(value), True) for name, value in zip(self.input_names, inputs, strict=True)]
         buffers += [(name, out, False) for name, out in zip(self.output_names, outputs, strict=True)]
         # MLX launches whole thread blocks
         whole = [-(-threads // size) * size for threads, size in zip(grid, threadgroup, strict=True)]
         dispatch(_build(self.edit(program)), buffers, whole, threadgroup, self.order, check=True)
-        return [_to_mlx(out, dtype) for out, dtype in zip(outputs, output_dtypes, strict=True)]
+        return [to_mlx(out, dtype) for out, dtype in zip(outputs, output_dtypes, strict=True)]
 
     def text(self, input_dtypes: Sequence[mx.Dtype], output_dtypes: Sequence[mx.Dtype], template: Sequence) -> str:
         """The translation unit: shim, kernel and an entry point for the runtime."""
@@ -101,14 +101,14 @@ def _expand(text: str, folder: Path, seen: set[Path]) -> str:
 def _build(program: str) -> Path:
     flags = [*compiler.LANGUAGE, *_FLAGS, f"-I{HERE}", f"-I{compiler.HERE / 'runtime'}"]
     own = (HERE / "cuda_shim.h").read_text(encoding="utf-8")
-    library = compiler._cache() / f"cuda_{compiler._hash(program, own, compiler._own_sources(), *flags)}.so"
+    library = compiler.cache_folder() / f"cuda_{compiler.digest(program, own, compiler.own_sources(), *flags)}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory() as folder:
             source, built = Path(folder, "kernel.cpp"), Path(folder, "kernel.so")
             source.write_text(program, encoding="utf-8")
             link = ["-shared", "-Wl,-Bsymbolic", "--rtlib=compiler-rt", "--unwindlib=libgcc"]
-            objects = [str(compiler._runtime_object(part, SHARED_MEMORY)) for part in ("scheduler", "checker")]
-            compiler._run([compiler.CLANG, *flags, "-c", str(source), "-o", f"{source}.o"])
-            compiler._run([compiler.CLANG, *link, f"{source}.o", *objects, "-o", str(built)])
-            compiler._install(built, library)
+            objects = [str(compiler.runtime_object(part, SHARED_MEMORY)) for part in ("scheduler", "checker")]
+            compiler.run([compiler.CLANG, *flags, "-c", str(source), "-o", f"{source}.o"])
+            compiler.run([compiler.CLANG, *link, f"{source}.o", *objects, "-o", str(built)])
+            compiler.install(built, library)
     return library

@@ -75,8 +75,8 @@ def build(text: str, kernel: str, instance: str, mode: str) -> Path:
         program += metal.entry_point(text, kernel, instance)
     except metal.SourceError as error:
         raise CompileError(f"kernel.metal: error: {error}") from None
-    key = _hash(program, mode, _own_sources(), *LANGUAGE, *OPTIONS[mode])
-    library = _cache() / f"{mode}_{key}.so"
+    key = digest(program, mode, own_sources(), *LANGUAGE, *OPTIONS[mode])
+    library = cache_folder() / f"{mode}_{key}.so"
     if not library.exists():
         _compile(program, mode, library)
     return library
@@ -89,21 +89,21 @@ def _compile(program: str, mode: str, library: Path) -> None:
         front = [CLANG, *LANGUAGE, *OPTIONS[mode], *_precompiled(mode), str(cpp)]
         _refuse_space_casts(front)
         if mode == "check":
-            _run([*front, "-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-o", str(ir)])
+            run([*front, "-S", "-emit-llvm", "-Xclang", "-disable-llvm-passes", "-o", str(ir)])
             text = re.sub(r" addrspace\([123]\)", "", ir.read_text())
             ir.write_text(re.sub(r"\baddrspacecast (\(?)ptr", r"bitcast \1ptr", text))
             front = [CLANG, "-fPIC", "-w", *OPTIONS[mode], str(ir)]
         link = ["-shared", "-Wl,-Bsymbolic", "--rtlib=compiler-rt", "--unwindlib=libgcc"]
-        objects = [str(_runtime_object(part)) for part in ("scheduler", "checker")]
-        _run([*front, "-c", "-o", f"{cpp}.o"])
-        _run([CLANG, *link, f"{cpp}.o", *objects, "-o", str(built)])
-        _install(built, library)
+        objects = [str(runtime_object(part)) for part in ("scheduler", "checker")]
+        run([*front, "-c", "-o", f"{cpp}.o"])
+        run([CLANG, *link, f"{cpp}.o", *objects, "-o", str(built)])
+        install(built, library)
 
 
 def _refuse_space_casts(front: list[str]) -> None:
     """C++ allows a C-style cast between address spaces, Metal does not."""
     dump = ["-fsyntax-only", "-Xclang", "-ast-dump", "-Xclang", "-ast-dump-filter=custom_kernel"]
-    tree = _run([*front, "-fno-color-diagnostics", *dump])
+    tree = run([*front, "-fno-color-diagnostics", *dump])
     for line in tree.splitlines():
         explicit = re.search(r"CStyleCast|CXXReinterpretCast|CXXFunctionalCast", line)
         if explicit and "AddressSpaceConversion" in line and "'void *'" not in line:
@@ -114,35 +114,37 @@ def _precompiled(mode: str) -> list[str]:
     """Options that use the shim as a precompiled header: parsing it is half of a small kernel's compilation."""
     options = [*LANGUAGE, *OPTIONS[mode]]
     header_text = str(HERE / "shim" / "metal_stdlib")
-    header = _cache() / f"{mode}_{_hash(_own_sources(), *options)}.pch"
+    header = cache_folder() / f"{mode}_{digest(own_sources(), *options)}.pch"
     if not header.exists():
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, "shim.pch")
-            _run([CLANG, *options, "-Xclang", "-fno-pch-timestamp", "-x", "c++-header", header_text, "-o", str(built)])
-            _install(built, header)
+            run([CLANG, *options, "-Xclang", "-fno-pch-timestamp", "-x", "c++-header", header_text, "-o", str(built)])
+            install(built, header)
     return ["-include-pch", str(header)]
 
 
-def _runtime_object(part: str, threadgroup_memory: int = 32768) -> Path:
-    target = _cache() / f"{part}_{_hash(_own_sources(), str(threadgroup_memory))}.o"
+def runtime_object(part: str, threadgroup_memory: int = 32768) -> Path:
+    """runtime/<part>.cpp compiled, for a limit of threadgroup memory in bytes."""
+    target = cache_folder() / f"{part}_{digest(own_sources(), str(threadgroup_memory))}.o"
     if not target.exists():
         with tempfile.TemporaryDirectory() as folder:
             built = Path(folder, "part.o")
             source = HERE / "runtime" / f"{part}.cpp"
             limit = f"-DTHREADGROUP_MEMORY_LIMIT=size_t({threadgroup_memory})"
-            _run([CLANG, "-std=c++17", "-fPIC", "-O2", limit, "-c", str(source), "-o", str(built)])
-            _install(built, target)
+            run([CLANG, "-std=c++17", "-fPIC", "-O2", limit, "-c", str(source), "-o", str(built)])
+            install(built, target)
     return target
 
 
-def _install(built: Path, target: Path) -> None:
+def install(built: Path, target: Path) -> None:
     """Move into the cache in one step: test processes may build the same thing at once."""
     staging = target.with_name(f"{target.name}.{os.getpid()}")
     shutil.copy(built, staging)
     staging.replace(target)
 
 
-def _run(command: list[str]) -> str:
+def run(command: list[str]) -> str:
+    """What the compiler printed; CompileError with its message when it fails."""
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise CompileError(done.stderr)
@@ -150,17 +152,20 @@ def _run(command: list[str]) -> str:
 
 
 @cache
-def _own_sources() -> str:
+def own_sources() -> str:
+    """The text of the emulator, on which every built object depends."""
     files = sorted(path for folder in ("shim", "runtime") for path in (HERE / folder).iterdir())
     return "".join(path.read_text() for path in files)
 
 
-def _hash(*parts: str) -> str:
+def digest(*parts: str) -> str:
+    """A name for what is built from these texts."""
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
 @cache
-def _cache() -> Path:
+def cache_folder() -> Path:
+    """Where built objects are kept."""
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(base, "hlwq-metal-cpu")
     folder.mkdir(parents=True, exist_ok=True)

@@ -83,10 +83,12 @@ class EmulatedKernel:
         text = self.edit(text) if self.edit else text
         library = compiler.build(text, name, instance[1] if instance else "", self.mode)
         buffers = [*self._input_buffers(inputs, used)]
-        outputs = [_empty(shape, dtype, init_value) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)]
+        outputs = [
+            empty_output(shape, dtype, init_value) for shape, dtype in zip(output_shapes, output_dtypes, strict=True)
+        ]
         buffers += [(name, out, False) for name, out in zip(self.output_names, outputs, strict=True)]
         self.threadgroup_bytes = dispatch(library, buffers, grid, threadgroup, self.order, self.mode == "check")
-        return [_to_mlx(out, dtype) for out, dtype in zip(outputs, output_dtypes, strict=True)]
+        return [to_mlx(out, dtype) for out, dtype in zip(outputs, output_dtypes, strict=True)]
 
     def generate(self, inputs: list[mx.array], **call) -> tuple[str, str, list]:
         """MLX's text for this call: (function name, Metal source, per input which of shape, strides, ndim it takes)."""
@@ -107,7 +109,7 @@ class EmulatedKernel:
 
     def _input_buffers(self, inputs: list[mx.array], used: list) -> Iterator[tuple[str, np.ndarray, bool]]:
         for name, value, (shape, strides, ndim) in zip(self.input_names, inputs, used, strict=True):
-            yield name, _to_numpy(value), True
+            yield name, to_numpy(value), True
             if value.ndim == 0:
                 continue
             if shape:
@@ -144,13 +146,13 @@ def dispatch(library, buffers, grid: Sequence[int], threadgroup: Sequence[int], 
     return used.value
 
 
-def _to_numpy(value: mx.array) -> np.ndarray:
+def to_numpy(value: mx.array) -> np.ndarray:
     if value.dtype == mx.bfloat16:
         value = value.view(mx.uint16)
     return np.array(value).reshape(-1)
 
 
-def _empty(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> np.ndarray:
+def empty_output(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> np.ndarray:
     """An output full of 0xff, so that what no thread wrote shows as NaN."""
     out = np.frombuffer(bytearray(b"\xff" * (int(np.prod(shape)) * dtype.size)), np.uint8)
     out = out.view({1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}[dtype.size]).reshape(shape)
@@ -160,5 +162,5 @@ def _empty(shape: Sequence[int], dtype: mx.Dtype, init_value: float | None) -> n
     return out
 
 
-def _to_mlx(out: np.ndarray, dtype: mx.Dtype) -> mx.array:
+def to_mlx(out: np.ndarray, dtype: mx.Dtype) -> mx.array:
     return mx.array(out).view(dtype)
