@@ -22,9 +22,15 @@ GLUON_SINCE = (3, 6)  # Gluon is experimental and changes between releases of Tr
 
 
 @cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of the GPU; (0, 0) for the interpreter."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+
+
+@cache
 def launch_options(device: torch.device) -> dict:
     """Keyword arguments of every launch: programmatic dependent launch where the GPU has it."""
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0):
+    if capability(device) >= (9, 0):
         return {"PDL": True, "launch_pdl": True}
     return {"PDL": False}
 
@@ -52,8 +58,7 @@ def linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, ke
         rotated = rotate_kernels.rotate(rows, block_size, launch)
         prefill.multiply(rotated, *weight, out, bits, block_size)
     elif kernel == "prefill_int8":
-        capability = torch.cuda.get_device_capability(x.device)
-        tile = prefill_int8.pick(len(rows), len(codes), multiprocessors(x.device), capability)
+        tile = prefill_int8.pick(*out.shape, multiprocessors(x.device), capability(x.device))
         prefill_int8.multiply(rows, *weight, out, bits, block_size, tile, launch)
     else:
         activation = rotate_kernels.quantize_activation(rows, block_size, mode, launch)

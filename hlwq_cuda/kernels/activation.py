@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
@@ -35,6 +36,6 @@ def silu_mul_kernel(
 def silu_mul(gate_up: torch.Tensor, out: Activation, block_size: int, format: str, launch: dict) -> None:
     """gate_up [2 K] -> the formatted row SiLU(gate) * up in `out`."""
     size = gate_up.numel() // 2
-    silu_mul_kernel[(triton.cdiv(size, block_size),)](
+    silu_mul_kernel[(integers.cdiv(size, block_size),)](
         gate_up, *out[:3], K=size, B=block_size, FORMAT=format, num_warps=1, **launch
     )

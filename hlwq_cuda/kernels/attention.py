@@ -18,6 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
@@ -230,10 +231,10 @@ def attention(
         KV_HEADS=kv_heads,
         T=length,
         D=head_dim,
-        D_POW2=triton.next_power_of_2(head_dim),
-        GROUP=max(16, triton.next_power_of_2(heads // kv_heads)),
+        D_POW2=integers.next_power_of_2(head_dim),
+        GROUP=max(16, integers.next_power_of_2(heads // kv_heads)),
         SPLITS=splits,
-        TILE=max(16, min(TILE, TILE_ELEMENTS // triton.next_power_of_2(head_dim))),
+        TILE=max(16, min(TILE, TILE_ELEMENTS // integers.next_power_of_2(head_dim))),
         QK_NORM=gains is not None,
         num_warps=8,
         **launch,
@@ -243,7 +244,7 @@ def attention(
 def combine(partials: Partials, out: Activation, block_size: int, format: str, launch: dict) -> None:
     """The splits merged to one row [heads * D], formatted for the output projection."""
     heads, splits, head_dim = partials.out.shape
-    combine_kernel[(triton.cdiv(heads * head_dim, block_size),)](
+    combine_kernel[(integers.cdiv(heads * head_dim, block_size),)](
         partials.out,
         partials.maximum,
         partials.total,

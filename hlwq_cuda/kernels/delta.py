@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
@@ -193,7 +194,7 @@ def gated_norm(
     DV and the block size are powers of two.
     """
     width = max(block_size, gain.numel())
-    gated_norm_kernel[(triton.cdiv(x.numel(), width),)](
+    gated_norm_kernel[(integers.cdiv(x.numel(), width),)](
         x,
         gate,
         gain,

@@ -19,7 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hlwq_cuda.kernels import decode
+from hlwq_cuda.kernels import decode, integers
 from hlwq_cuda.kernels.device import round_to_int8
 from hlwq_cuda.kernels.tables import entries
 from hlwq_cuda.kernels.unpack import load_entries
@@ -100,13 +100,13 @@ def dequantize(
 ) -> None:
     """out = norm * entry / sqrt(B), in the rotated basis."""
     if not ptx or out.dtype == torch.float32:
-        columns = min(1024, triton.next_power_of_2(out.shape[1]))
-        grid = (len(out), triton.cdiv(out.shape[1], columns))
+        columns = min(1024, integers.next_power_of_2(out.shape[1]))
+        grid = (len(out), integers.cdiv(out.shape[1], columns))
         dequantize_plain_kernel[grid](codes, norms, table, out, out.shape[1], block_size, bits, columns)
         return
     text = sequence(bits, out.dtype)
     total = out.numel() // text.codes
-    dequantize_kernel[(triton.cdiv(total, _UNITS),)](
+    dequantize_kernel[(integers.cdiv(total, _UNITS),)](
         codes,
         norms,
         table,
@@ -141,10 +141,10 @@ def dequantize_int8(
     rows, width = units.shape
     text = sequence(bits, torch.int8)
     per_row = width // text.codes
-    program = min(_UNITS, triton.next_power_of_2(per_row))
+    program = min(_UNITS, integers.next_power_of_2(per_row))
     shape = {"KP": width, "B": block_size, "BITS": bits, "LARGEST": entries(bits) - 1, "UNITS": program, "PTX": ptx}
     shape |= {name.upper(): getattr(text, name) for name in Sequence._fields}
-    grid = (rows, triton.cdiv(per_row, program))
+    grid = (rows, integers.cdiv(per_row, program))
     dequantize_int8_kernel[grid](
         codes, norms, table, units.view(torch.int32) if ptx else units, steps, **shape, num_warps=max(1, program // 32)
     )

@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
@@ -79,7 +80,7 @@ def arrange(row: torch.Tensor, order: torch.Tensor, out: torch.Tensor, heads: in
         HEADS=heads,
         KV_HEADS=kv_heads,
         D=head_dim,
-        D_POW2=triton.next_power_of_2(head_dim),
+        D_POW2=integers.next_power_of_2(head_dim),
         num_warps=1,
         **launch,
     )
@@ -89,6 +90,6 @@ def gate(
     x: torch.Tensor, row: torch.Tensor, head_dim: int, out: Activation, block_size: int, format: str, launch: dict
 ) -> None:
     """x [heads * D] times sigmoid of the gates in `row`: the formatted row in `out`."""
-    gate_kernel[(triton.cdiv(x.numel(), block_size),)](
+    gate_kernel[(integers.cdiv(x.numel(), block_size),)](
         x, row, *out[:3], K=x.numel(), D=head_dim, B=block_size, FORMAT=format, num_warps=1, **launch
     )

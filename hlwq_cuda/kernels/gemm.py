@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hlwq_cuda.kernels import decode, mma
+from hlwq_cuda.kernels import decode, integers, mma
 from hlwq_cuda.kernels.layout import CHUNK, PLANES
 from hlwq_cuda.kernels.plain import Activation
 from hlwq_cuda.kernels.unpack import load_entries
@@ -73,14 +73,14 @@ def pick(rows: int, outputs: int, chunks: int, int8: bool, processors: int) -> C
     What was measured, else a heuristic from the same measurements: about ten warps a multiprocessor keep the memory
     busy; they split K where N is small, and two tiles of outputs share the activations where there are enough tiles.
     """
-    row_tiles = min(mma.MAX_TILES, triton.cdiv(rows, _TILE_ROWS))
+    row_tiles = min(mma.MAX_TILES, integers.cdiv(rows, _TILE_ROWS))
     measured = MEASURED.get(processors, {}).get((outputs, chunks * CHUNK, row_tiles, int8))
     if measured:
         return measured
-    tiles = triton.cdiv(outputs, _TILE_OUTPUTS)
+    tiles = integers.cdiv(outputs, _TILE_OUTPUTS)
     output_tiles = 2 if tiles >= processors else 1
-    wanted = triton.cdiv(10 * processors * output_tiles, tiles)
-    warps = min(8, triton.next_power_of_2(wanted), triton.next_power_of_2(triton.cdiv(chunks, _GROUP_CHUNKS)))
+    wanted = integers.cdiv(10 * processors * output_tiles, tiles)
+    warps = min(8, integers.next_power_of_2(wanted), integers.next_power_of_2(integers.cdiv(chunks, _GROUP_CHUNKS)))
     return Config(output_tiles, row_tiles, max(2, warps), 1)
 
 
@@ -106,8 +106,8 @@ def gemm(
     texts, constraints = _texts(bits, int8, config.row_tiles, 128 // block_size)
     words = decode.table_words(bits, mode)
     grid = (
-        triton.cdiv(outputs, _TILE_OUTPUTS * config.output_tiles),
-        triton.cdiv(rows, _TILE_ROWS * config.row_tiles),
+        integers.cdiv(outputs, _TILE_OUTPUTS * config.output_tiles),
+        integers.cdiv(rows, _TILE_ROWS * config.row_tiles),
     )
     gemm_mma_kernel[grid](
         codes,
@@ -149,7 +149,7 @@ def _texts(bits: int, int8: bool, tiles: int, sub_blocks: int) -> tuple[tuple[st
 def gemm_plain(activation, codes, norms, table, bias, out, bits: int, block_size: int, mode: str) -> None:
     """`gemm` by the readable kernel; arguments as there."""
     rows, outputs = out.shape
-    grid = (triton.cdiv(rows, 16), triton.cdiv(outputs, 16))
+    grid = (integers.cdiv(rows, 16), integers.cdiv(outputs, 16))
     gemm_kernel[grid](
         activation.values,
         activation.scales,

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from hlwq_cuda.kernels import dot
+from hlwq_cuda.kernels import dot, integers
 from hlwq_cuda.kernels.device import allow_next_kernel, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 from hlwq_cuda.kernels.unpack import load_entries
@@ -46,7 +46,7 @@ def pick(rows: int, units: int, gluon: bool, processors: int) -> Config:
     if rows >= 24 * processors:
         step = next((size for size in (64, 32) if -(-units // size) * size <= IDLE_LANES * units), 32)
         return Config(4, step, step // 32, gluon)
-    step = min(128, max(32, triton.next_power_of_2(units)))
+    step = min(128, max(32, integers.next_power_of_2(units)))
     return Config(4 if rows >= 12 * processors else 2, step, step // 32, gluon)
 
 
@@ -196,7 +196,7 @@ def gemv(
     shape = {"KP": norms.shape[-1] * block_size, "B": block_size, "BITS": bits, "MODE": mode}
     cut = {"ROWS": config.rows, "UNITS": config.units, "HAS_BIAS": bias is not None, "NORMED": normed}
     cut |= {"num_warps": config.warps}
-    grid = (triton.cdiv(rows, config.rows),)
+    grid = (integers.cdiv(rows, config.rows),)
     if config.gluon:
         from hlwq_cuda.kernels.gemv_gluon import gemv_gluon_kernel
 

@@ -15,6 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, store_activation, wait_for_previous_kernel
 from hlwq_cuda.kernels.plain import Activation
 
@@ -81,7 +82,7 @@ def norm(
     Without `delta` the hidden state is read only and `new_hidden` is left alone.
     """
     size = hidden.numel()
-    norm_kernel[(triton.cdiv(size, block_size),)](
+    norm_kernel[(integers.cdiv(size, block_size),)](
         hidden,
         hidden if delta is None else delta,
         gain,
@@ -91,7 +92,7 @@ def norm(
         eps,
         K=size,
         B=block_size,
-        TILE=min(TILE, triton.next_power_of_2(size)),
+        TILE=min(TILE, integers.next_power_of_2(size)),
         ADD=delta is not None,
         FORMAT=format,
         num_warps=1,

@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.dequantize import dequantize_int8
 from hlwq_cuda.kernels.prefill import slice_rows
 from hlwq_cuda.kernels.rotate import quantize_rows
@@ -44,7 +45,7 @@ def pick(rows: int, outputs: int, processors: int, capability: tuple[int, int]) 
     if capability[0] not in (9, 10):
         return Tile(128, 128, 64, 8, 3)  # 48 KB of shared memory
     large = Tile(128, 256, 128, 8, 4)  # 192 KB
-    tiles = triton.cdiv(rows, large.rows) * triton.cdiv(outputs, large.outputs)
+    tiles = integers.cdiv(rows, large.rows) * integers.cdiv(outputs, large.outputs)
     return large if tiles >= processors else Tile(64, 128, 128, 4, 4)
 
 
@@ -63,12 +64,13 @@ def multiply(
     """out = x @ weight.T + bias."""
     values, scales = quantize_rows(x, block_size, launch)
     step = slice_rows(values.shape[1])
-    for first in range(0, len(codes), step):
-        part = slice(first, first + step)
-        units = values.new_empty((len(codes[part]), values.shape[1]))
-        steps = scales.new_empty(len(units))
-        dequantize_int8(codes[part], norms[part], table, units, steps, bits, block_size)
-        product(values, units, scales, steps, None if bias is None else bias[part], out[:, part], tile)
+    slices = zip(codes.split(step), norms.split(step), out.split(step, 1), strict=True)
+    for number, (part, part_norms, part_out) in enumerate(slices):
+        units = values.new_empty((part.shape[0], values.shape[1]))
+        steps = scales.new_empty(part.shape[0])
+        dequantize_int8(part, part_norms, table, units, steps, bits, block_size)
+        part_bias = None if bias is None else bias[number * step : (number + 1) * step]
+        product(values, units, scales, steps, part_bias, part_out, tile)
 
 
 def product(
@@ -81,8 +83,8 @@ def product(
     tile: Tile,
 ) -> None:
     """out = scales * values @ units.T * steps + bias."""
-    (rows, width), outputs = values.shape, len(units)
-    grid = (triton.cdiv(rows, tile.rows) * triton.cdiv(outputs, tile.outputs),)
+    (rows, width), outputs = values.shape, units.shape[0]
+    grid = (integers.cdiv(rows, tile.rows) * integers.cdiv(outputs, tile.outputs),)
     product_kernel[grid](
         TensorDescriptor.from_tensor(values, [tile.rows, tile.width]),
         TensorDescriptor.from_tensor(units, [tile.outputs, tile.width]),

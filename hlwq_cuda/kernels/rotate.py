@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import (
     allow_next_kernel,
     hadamard_sums,
@@ -98,12 +99,12 @@ def quantize_rows_kernel(
 def rotate(x: torch.Tensor, block_size: int, launch: dict) -> torch.Tensor:
     """[..., K] -> x @ H_B of every block, [..., Kp], dtype of x."""
     size = x.shape[-1]
-    blocks = triton.cdiv(size, block_size)
+    blocks = integers.cdiv(size, block_size)
     out = x.new_empty((*x.shape[:-1], blocks * block_size))
     rows = x.numel() // size
     if rows:
         each = _blocks_a_program(rows * blocks)
-        grid = (rows, triton.cdiv(blocks, each))
+        grid = (rows, integers.cdiv(blocks, each))
         rotate_kernel[grid](x.contiguous(), out, K=size, B=block_size, BLOCKS=each, num_warps=1, **launch)
     return out
 
@@ -111,7 +112,7 @@ def rotate(x: torch.Tensor, block_size: int, launch: dict) -> torch.Tensor:
 def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dict) -> Activation:
     """[M, K], M > 0 -> the rows as the matrix kernels read them; plain.quantize_activation says what it computes."""
     rows, size = x.shape
-    blocks = triton.cdiv(size, block_size)
+    blocks = integers.cdiv(size, block_size)
     padded = blocks * block_size
     out = Activation(
         x.new_empty((rows, padded), dtype=torch.int8 if mode == "int8" else torch.float16),
@@ -119,7 +120,7 @@ def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dic
         x.new_empty((rows, padded // CHUNK), dtype=torch.float32),
     )
     each = _blocks_a_program(rows * blocks)
-    grid = (rows, triton.cdiv(blocks, each))
+    grid = (rows, integers.cdiv(blocks, each))
     quantize_activation_kernel[grid](
         x.contiguous(),
         out.values,
@@ -138,10 +139,10 @@ def quantize_activation(x: torch.Tensor, block_size: int, mode: str, launch: dic
 def quantize_rows(x: torch.Tensor, block_size: int, launch: dict) -> tuple[torch.Tensor, torch.Tensor]:
     """[M, K], M > 0 -> rotated rows as int8 [M, Kp] with one scale each, float32 [M]: rotated = values * scale."""
     rows, size = x.shape
-    blocks = triton.cdiv(size, block_size)
+    blocks = integers.cdiv(size, block_size)
     values = x.new_empty((rows, blocks * block_size), dtype=torch.int8)
     scales = x.new_empty(rows, dtype=torch.float32)
-    shape = {"K": size, "B": block_size, "BLOCKS": min(32, triton.next_power_of_2(blocks))}
+    shape = {"K": size, "B": block_size, "BLOCKS": min(32, integers.next_power_of_2(blocks))}
     quantize_rows_kernel[(rows,)](x.contiguous(), values, scales, **shape, num_warps=4, **launch)
     return values, scales
 

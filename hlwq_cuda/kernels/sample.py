@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from hlwq_cuda.kernels import integers
 from hlwq_cuda.kernels.device import allow_next_kernel, wait_for_previous_kernel
 
 TILE = 1024
@@ -153,8 +154,8 @@ class Sampler:
 
     def __init__(self, vocabulary: int, device: torch.device, launch: dict) -> None:
         self._vocabulary, self._launch = vocabulary, launch
-        self._tiles = triton.cdiv(vocabulary, TILE)
-        self._tiles_pow2 = triton.next_power_of_2(self._tiles)
+        self._tiles = integers.cdiv(vocabulary, TILE)
+        self._tiles_pow2 = integers.next_power_of_2(self._tiles)
         self._value = torch.empty(self._tiles, device=device)
         self._score = torch.empty(self._tiles, device=device)
         self._index = torch.empty(self._tiles, dtype=torch.int32, device=device)
