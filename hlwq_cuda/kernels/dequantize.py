@@ -151,6 +151,37 @@ def dequantize_int8(
 
 
 @triton.jit
+def _decode(
+    row,  # the first word of the unit's row
+    place,  # [UNITS], of the unit in its row
+    inside,
+    factor,  # float32 [UNITS]
+    table,
+    UNITS_PER_ROW: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    RESULTS: tl.constexpr,
+    TABLE_START: tl.constexpr,
+    TABLE_WORDS: tl.constexpr,
+    ASM: tl.constexpr,
+    CONSTRAINTS: tl.constexpr,
+):
+    """The results of every unit, one after the other: int32 [UNITS * RESULTS]."""
+    operands = ()
+    for i in tl.static_range(FIRST):
+        operands = operands + (tl.load(row + place * FIRST + i, mask=inside, other=0),)
+    for i in tl.static_range(SECOND):
+        operands = operands + (tl.load(row + UNITS_PER_ROW * FIRST + place * SECOND + i, mask=inside, other=0),)
+    operands = operands + (factor,)
+    for i in tl.static_range(TABLE_WORDS):
+        operands = operands + (tl.load(table + TABLE_START + i),)
+    if TABLE_WORDS == 0:
+        operands = operands + (table.to(tl.int64),)
+    words = tl.inline_asm_elementwise(ASM, CONSTRAINTS, operands, dtype=(tl.int32,) * RESULTS, is_pure=True, pack=1)
+    return tl.reshape(_join(words, RESULTS), (place.shape[0] * RESULTS,))
+
+
+@triton.jit
 def dequantize_kernel(
     codes,  # int32 [N, UNITS_PER_ROW * (FIRST + SECOND)]
     norms,  # fp16 [N, Kp / B]
@@ -173,20 +204,9 @@ def dequantize_kernel(
     unit = tl.program_id(0).to(tl.int64) * UNITS + tl.arange(0, UNITS)
     inside = unit < total
     row = codes + unit // UNITS_PER_ROW * (UNITS_PER_ROW * (FIRST + SECOND))
-    place = unit % UNITS_PER_ROW
-    operands = ()
-    for i in tl.static_range(FIRST):
-        operands = operands + (tl.load(row + place * FIRST + i, mask=inside, other=0),)
-    for i in tl.static_range(SECOND):
-        operands = operands + (tl.load(row + UNITS_PER_ROW * FIRST + place * SECOND + i, mask=inside, other=0),)
     norm = tl.load(norms + unit * CODES // B, mask=inside, other=0.0)
-    operands = operands + (norm.to(tl.float32) * SCALE,)
-    for i in tl.static_range(TABLE_WORDS):
-        operands = operands + (tl.load(table + TABLE_START + i),)
-    if TABLE_WORDS == 0:
-        operands = operands + (table.to(tl.int64),)
-    words = tl.inline_asm_elementwise(ASM, CONSTRAINTS, operands, dtype=(tl.int32,) * RESULTS, is_pure=True, pack=1)
-    joined = tl.reshape(_join(words, RESULTS), (UNITS * RESULTS,))
+    place = (row, unit % UNITS_PER_ROW, inside, norm.to(tl.float32) * SCALE, table)
+    joined = _decode(*place, UNITS_PER_ROW, FIRST, SECOND, RESULTS, TABLE_START, TABLE_WORDS, ASM, CONSTRAINTS)
     at = tl.program_id(0).to(tl.int64) * (UNITS * RESULTS) + tl.arange(0, UNITS * RESULTS)
     tl.store(out + at, joined, mask=at < total * RESULTS)
 
@@ -228,21 +248,8 @@ def dequantize_int8_kernel(
     inside = place < per_row
     factor *= tl.load(norms + place * CODES // B, mask=inside, other=0.0).to(tl.float32)
     if PTX:
-        words = codes + row * (per_row * (FIRST + SECOND))
-        operands = ()
-        for i in tl.static_range(FIRST):
-            operands = operands + (tl.load(words + place * FIRST + i, mask=inside, other=0),)
-        for i in tl.static_range(SECOND):
-            operands = operands + (tl.load(words + per_row * FIRST + place * SECOND + i, mask=inside, other=0),)
-        operands = operands + (factor,)
-        for i in tl.static_range(TABLE_WORDS):
-            operands = operands + (tl.load(table + TABLE_START + i),)
-        if TABLE_WORDS == 0:
-            operands = operands + (table.to(tl.int64),)
-        results = tl.inline_asm_elementwise(
-            ASM, CONSTRAINTS, operands, dtype=(tl.int32,) * RESULTS, is_pure=True, pack=1
-        )
-        joined = tl.reshape(_join(results, RESULTS), (UNITS * RESULTS,))
+        where = (codes + row * (per_row * (FIRST + SECOND)), place, inside, factor, table)
+        joined = _decode(*where, per_row, FIRST, SECOND, RESULTS, TABLE_START, TABLE_WORDS, ASM, CONSTRAINTS)
         at = tl.program_id(1) * (UNITS * RESULTS) + tl.arange(0, UNITS * RESULTS)
         tl.store(out + row * (per_row * RESULTS) + at, joined, mask=at < per_row * RESULTS)
     else:
