@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import platform
 import sys
 import tempfile
 import time
@@ -22,14 +23,17 @@ import numpy as np
 import torch
 
 from benchmarks import quality_peers as peers
+from benchmarks.quality_ggml import Ggml, ggml_library, iq4_xs, q4_k_m
 from convert import feedback
 from convert.allocate import AUTO_BITS, PROBE_BITS, Option, allocate, relative_error
-from convert.calibrate import calibrate
+from convert.calibrate import Outcome, calibrate, round_head, split_windows
 from convert.code_store import CodeStore, row_digests
 from convert.evaluate import Comparison, compare, load_transformers
 from convert.format import ModuleSpec, default_block_size
 from convert.layer_walk import LayerRun, decoder_layers, enter, record_calls
+from convert.plan import TIED_POWER, column_power
 from convert.recipe import SEEDS, Recipe, fused_key
+from convert.reference import Encoded
 from convert.sensitivity import measure
 
 CALIBRATION_WINDOWS = (
@@ -42,7 +46,7 @@ def main(argv: list[str]) -> int:
     """One table, or `--render`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, nargs="?")
-    parser.add_argument("--table", choices=TABLES)
+    parser.add_argument("--table", choices=TABLES, nargs="+", default=[*TABLES])
     parser.add_argument("--only", help="only variants whose name contains this")
     parser.add_argument("--windows", type=int, default=24, help="of 512 tokens, of each text")
     parser.add_argument("--device", default="cpu")
@@ -52,9 +56,26 @@ def main(argv: list[str]) -> int:
         print(render(arguments.render))
         return 0
     bench = Bench(arguments.data, arguments.device, arguments.windows)
-    for name, model_bits in TABLES[arguments.table](bench, arguments.only or ""):
-        print(json.dumps({"table": arguments.table, "name": name, **bench.evaluate(model_bits)}), flush=True)
+    print(json.dumps(_circumstances(argv, bench)), flush=True)
+    for table in arguments.table:
+        for name, model_bits in TABLES[table](bench, arguments.only or ""):
+            print(json.dumps({"table": table, "name": name, **bench.evaluate(model_bits)}), flush=True)
     return 0
+
+
+def _circumstances(argv: list[str], bench: Bench) -> dict:
+    """What a result file must say of its making."""
+    import transformers
+
+    return {
+        "command": "python -m benchmarks.quality " + " ".join(argv),
+        "device": torch.cuda.get_device_name() if bench.device == "cuda" else platform.processor() or "CPU",
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokens": sum(windows.shape[0] * (windows.shape[1] - 1) for windows in bench.texts.values()),
+        "calibration_windows": len(bench.calibration),
+        "date": time.strftime("%Y-%m-%d"),
+    }
 
 
 class Bench:
@@ -120,13 +141,7 @@ class Bench:
 
         def decode(name: str, weight: torch.Tensor) -> peers.Decoded:
             spec = specs[name]
-            encoded = encoder(weight.cpu().numpy(), spec)
-            state = feedback.Rounding(
-                torch.from_numpy(encoded.codes.astype(np.int64)).to(weight.device),
-                torch.from_numpy(encoded.norms.astype(np.float32)).to(weight.device),
-                spec,
-            )
-            return feedback.rotate_rows(state.values(), spec.block_size)[:, : spec.in_features], spec.bits_per_weight
+            return decoded(encoder(weight.cpu().numpy(), spec), spec, weight.device), spec.bits_per_weight
 
         return self.apply(decode)
 
@@ -168,16 +183,45 @@ def _simple(variants: Mapping[str, peers.Quantizer]) -> Callable[[Bench, str], V
     def run(bench: Bench, only: str) -> Variants:
         for name, quantizer in variants.items():
             if only in name:
-                yield name, bench.apply(lambda _, weight, q=quantizer: q(weight))
+                yield name, bench.apply(lambda n, weight, q=quantizer: q(weight, column_power(n)))
 
     return run
 
 
 def _calibrated(bench: Bench, only: str) -> Variants:
-    for bits in (2, 3, 4, 5, 6):
+    for bits in (4, 3, 2, 5, 6):
         name = f"HLWQ Q{bits} calibrated"
         if only in name:
             yield name, bench.calibrated(dict.fromkeys(bench.linears, bits))
+
+
+def _embedding(bench: Bench, only: str) -> Variants:
+    """The embedding alone, which SmolLM2 ties to the output head."""
+    bench.restore()
+    weight = bench.model.get_input_embeddings().weight.data
+    original = weight.clone()
+    spec = ModuleSpec(4, default_block_size(weight.shape[1]), weight.shape[1])
+    for name, power in {"plain": None, "search, columns alike": 0.0, "search": TIED_POWER}.items():
+        if only in f"embedding Q4 {name}":
+            weight.copy_(peers.hlwq(original, 4, power)[0])
+            yield f"embedding Q4 {name}", spec.bits_per_weight
+    if only in "embedding Q4 calibrated":
+        weight.copy_(original)
+        with tempfile.TemporaryDirectory() as directory, torch.no_grad():
+            store = CodeStore(Path(directory) / "store", "")
+            batches, held_out = split_windows(torch.from_numpy(bench.calibration).to(bench.device))
+            round_head(bench.model, batches, held_out, lambda _: spec, store, Outcome())
+            encoded = store.encoder()(original.cpu().numpy(), spec)
+        weight.copy_(decoded(encoded, spec, weight.device))
+        yield "embedding Q4 calibrated", spec.bits_per_weight
+    weight.copy_(original)
+
+
+def decoded(encoded: Encoded, spec: ModuleSpec, device: torch.device) -> torch.Tensor:
+    """The weight float32 [N, K] that codes stand for."""
+    codes, norms = (torch.from_numpy(each).to(device) for each in encoded)
+    values = feedback.Rounding(codes.long(), norms.float(), spec).values()
+    return feedback.rotate_rows(values, spec.block_size)[:, : spec.in_features]
 
 
 def _gptq(bench: Bench, only: str) -> Variants:
@@ -214,6 +258,35 @@ def _gptq_model(bench: Bench, group: int) -> float:
     return bits / bench.weights
 
 
+def _ggml(bench: Bench, only: str) -> Variants:
+    """llama.cpp's types; the importance matrix is the mean square of every input on the calibration text."""
+    bench.restore()
+    squares: dict[str, torch.Tensor] = {}
+
+    def see(name: str, inputs: torch.Tensor) -> None:
+        squares[name] = squares.get(name, 0) + inputs.square().flatten(0, -2).mean(0)
+
+    hooks = [
+        bench.model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: see(name, args[0]))
+        for name in bench.linears
+    ]
+    with torch.no_grad():
+        for batch in torch.from_numpy(bench.calibration).to(bench.device).split(BATCH):
+            bench.model(input_ids=batch, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    weights = {name: weight.cpu().numpy() for name, weight in bench.originals.items()}
+    importance = {name: square.cpu().numpy() for name, square in squares.items()}
+    ggml = Ggml(ggml_library())
+    for kind, kind_of in {"Q4_K_M": q4_k_m, "IQ4_XS": iq4_xs}.items():
+        for pad in (False, True):
+            name = f"llama.cpp {kind}, importance matrix" + (", rows padded to 768" if pad else "")
+            if only in name:
+                found = ggml.model(weights, importance, kind_of, pad)
+                decoded = {each: (torch.from_numpy(w).to(bench.device), width) for each, (w, width) in found.items()}
+                yield name, bench.apply(lambda n, _, d=decoded: d[n])
+
+
 def _recipes(bench: Bench, only: str) -> Variants:
     seeds_recipe = Recipe("seeds", SEEDS)
     seeds = {
@@ -221,15 +294,15 @@ def _recipes(bench: Bench, only: str) -> Variants:
         for name in bench.linears
     }
     uniform = dict.fromkeys(bench.linears, 4)
-    plans = {"seeds": seeds, "uniform 4": uniform}
+    plans = {"uniform 4": uniform, "seeds": seeds}
     sensitivities = _sensitivities(bench)
     for name in list(plans):
         plans[f"auto at the size of {name}"] = _auto(bench, sensitivities, _nbytes(bench, plans[name]))
     for name, bits in plans.items():
         if only in f"{name}, search":
-            yield f"{name}, search", bench.apply(lambda n, w, b=bits: peers.hlwq(w, b[n], search=True))
+            yield f"{name}, search", bench.apply(lambda n, w, b=bits: peers.hlwq(w, b[n], column_power(n)))
     for name, bits in plans.items():
-        if only in f"{name}, calibrated" and name != "uniform 4":
+        if only in f"{name}, calibrated" and name != "uniform 4":  # which stands in the table `calibrated`
             yield f"{name}, calibrated", bench.calibrated(bits)
 
 
@@ -276,8 +349,10 @@ TABLES: dict[str, Callable[[Bench, str], Variants]] = {
     "ablation": _simple(peers.ABLATION),
     "encoders": _simple(peers.HLWQ),
     "calibrated": _calibrated,
+    "embedding": _embedding,
     "peers": _simple(peers.PEERS),
     "gptq": _gptq,
+    "ggml": _ggml,
     "detour": _simple(peers.DETOUR),
     "recipes": _recipes,
     "gain": _simple(peers.UNIT_GAIN),
@@ -289,7 +364,7 @@ HEADER = "| variant | bits/weight | weight error | KL wiki | KL news | PPL wiki 
 
 def render(paths: list[Path]) -> str:
     """Markdown tables, KL and differences in 1e-3 nats."""
-    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith("{")]
+    rows = [json.loads(line) for path in paths for line in path.read_text().splitlines() if line.startswith('{"table"')]
     lines: list[str] = []
     for table in dict.fromkeys(row["table"] for row in rows):
         lines += ["", f"### {table}", "", HEADER, "|---" * 8 + "|"]

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import torch
 
-from convert import feedback
+from convert import feedback, search_torch
 from convert.codebook import codebook
 from convert.format import ModuleSpec, default_block_size
 
@@ -93,19 +93,27 @@ def nf4(weight: torch.Tensor, group: int = 64) -> Decoded:
     return (table[codes] * scale).reshape(weight.shape), 4 + 32 / group
 
 
-def hlwq(weight: torch.Tensor, bits: int, search: bool, block: int | None = None, unit_gain: bool = False) -> Decoded:
-    """HLWQ with the plain or the search encoder; unit_gain scales each norm up by what rounding took from the row."""
+def hlwq(
+    weight: torch.Tensor, bits: int, power: float | None, block: int | None = None, unit_gain: bool = False
+) -> Decoded:
+    """HLWQ with the search encoder, or with the plain one for `power` None.
+
+    unit_gain scales each norm up by what rounding took from the row.
+    """
     spec = ModuleSpec(bits, block or default_block_size(weight.shape[1]), weight.shape[1])
     rotated = feedback.rotate_rows(weight, spec.block_size)
-    if search:
-        norms = feedback.search_norms(rotated, spec)
+    blocks = rotated.reshape(len(weight), spec.blocks, -1)
+    if power is None:
+        norms = blocks.norm(dim=2)
+        table = torch.tensor(codebook(bits)).to(weight)
+        normal = blocks * (spec.block_size**0.5 / norms.clamp_min(1e-30))[..., None]
+        codes = torch.bucketize(normal, (table[1:] + table[:-1]) / 2).reshape(rotated.shape)
     else:
-        norms = rotated.reshape(len(weight), spec.blocks, -1).norm(dim=2)
-    state = feedback.nearest_codes(rotated, norms, spec)
+        codes, norms = search_torch.encode(weight, spec, power)
+    state = feedback.Rounding(codes.long(), norms.half().float(), spec)
     if unit_gain:
-        blocks = (each.reshape(len(weight), spec.blocks, -1) for each in (rotated, state.values()))
-        exact, rounded = blocks
-        gain = (exact * exact).sum(2) / (exact * rounded).sum(2)
+        rounded = state.values().reshape(blocks.shape)
+        gain = (blocks * blocks).sum(2) / (blocks * rounded).sum(2)
         state.norms = (state.norms * torch.where(gain.isfinite() & (gain > 0), gain, 1.0)).half().float()
     decoded = feedback.rotate_rows(state.values(), spec.block_size)[:, : weight.shape[1]]
     return decoded, spec.bits_per_weight
@@ -137,33 +145,38 @@ def gptq_affine(weight: torch.Tensor, hessian: torch.Tensor, bits: int, group: i
     return result, bits + 32 / group
 
 
-Quantizer = Callable[[torch.Tensor], Decoded]
+Quantizer = Callable[[torch.Tensor, float], Decoded]  # weight, and how its columns count (convert/plan.py)
 PEERS: dict[str, Quantizer] = {
-    "MLX affine 4-bit g64": lambda w: affine(w, 4, 64),
-    "MLX affine 4-bit g128": lambda w: affine(w, 4, 128),
-    "NF4 b64": nf4,
-    "absmax INT4 g128": lambda w: absmax(w, 4),
-    "torchao INT4 g128": tinygemm_int4,
+    "MLX affine 4-bit g64": lambda w, _: affine(w, 4, 64),
+    "MLX affine 4-bit g128": lambda w, _: affine(w, 4, 128),
+    "NF4 b64, float32 absmax": lambda w, _: nf4(w),
+    "absmax INT4 g128": lambda w, _: absmax(w, 4),
+    "torchao's INT4 g128 (rounding only)": lambda w, _: tinygemm_int4(w),
 }
 ABLATION: dict[str, Quantizer] = {
     f"{name}, {bits} bits": quantizer
     for bits in (4, 5)
     for name, quantizer in (
-        ("absmax", lambda w, b=bits: absmax(w, b)),
-        ("Hadamard + absmax", lambda w, b=bits: absmax_hadamard(w, b)),
-        ("Lloyd-Max", lambda w, b=bits: lloyd_max_only(w, b)),
-        ("Hadamard + Lloyd-Max (HLWQ plain)", lambda w, b=bits: hlwq(w, b, search=False)),
+        ("absmax", lambda w, _, b=bits: absmax(w, b)),
+        ("Hadamard + absmax", lambda w, _, b=bits: absmax_hadamard(w, b)),
+        ("Lloyd-Max", lambda w, _, b=bits: lloyd_max_only(w, b)),
+        ("Hadamard + Lloyd-Max (HLWQ plain)", lambda w, _, b=bits: hlwq(w, b, None)),
     )
 }
 HLWQ: dict[str, Quantizer] = {
-    f"HLWQ Q{bits} {name}": (lambda w, b=bits, s=name == "search": hlwq(w, b, s))
+    f"HLWQ Q{bits} {name}": quantizer
     for bits in (2, 3, 4, 5, 6)
-    for name in ("plain", "search")
-} | {"HLWQ Q4 block 32 search": lambda w: hlwq(w, 4, True, 32 if w.shape[1] % 32 == 0 else None)}
+    for name, quantizer in (
+        ("plain", lambda w, _, b=bits: hlwq(w, b, None)),
+        ("search, columns alike", lambda w, _, b=bits: hlwq(w, b, 0.0)),
+        ("search", lambda w, power, b=bits: hlwq(w, b, power)),
+    )
+} | {f"HLWQ Q4 search, block {block}": lambda w, power, k=block: hlwq(w, 4, power, k) for block in (64, 32)}
 UNIT_GAIN: dict[str, Quantizer] = {
-    f"HLWQ Q{bits} search, unit gain": (lambda w, b=bits: hlwq(w, b, True, unit_gain=True)) for bits in (2, 3, 4)
+    f"HLWQ Q{bits} search, unit gain": (lambda w, power, b=bits: hlwq(w, b, power, unit_gain=True))
+    for bits in (2, 3, 4)
 }
 DETOUR: dict[str, Quantizer] = {
-    "HLWQ Q5 plain, dequantized, then absmax INT4 g128": lambda w: absmax(hlwq(w, 5, search=False)[0], 4),
-    "HLWQ Q5 plain, dequantized, then torchao INT4 g128": lambda w: tinygemm_int4(hlwq(w, 5, search=False)[0]),
+    "HLWQ Q5 plain, dequantized, then absmax INT4 g128": lambda w, _: absmax(hlwq(w, 5, None)[0], 4),
+    "HLWQ Q5 plain, dequantized, then torchao's INT4 g128": lambda w, _: tinygemm_int4(hlwq(w, 5, None)[0]),
 }

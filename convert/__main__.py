@@ -102,6 +102,12 @@ def _convert_parser() -> argparse.ArgumentParser:
         metavar="FILE|self",
         help="text for --encoder calibrated and --recipe auto: a file, or self: the model writes it (default)",
     )
+    add(
+        "--device",
+        choices=model_run.DEVICES,
+        help="of torch: where --encoder search runs (default: numpy on the CPU), and where --encoder calibrated and "
+        "--recipe auto run the model (default: cuda if present)",
+    )
     add("--target-bpw", type=float, metavar="BITS", help="recipe auto: bits a weight over the whole model")
     add("--target-size", type=parse_size, metavar="SIZE", help="recipe auto: size of all tensors, e.g. 5GB")
     add("--dtype", choices=UNQUANTIZED_DTYPES, help="dtype of what stays unquantized (default: the source's)")
@@ -148,7 +154,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     with open_source(arguments.model, staging=staging, **origin) as source:
         refuse_quantized(source.directory)
         target = open_target(arguments.target, source.directory, arguments.style)
-        model = model_run.SourceModel.load(source, arguments.calibration) if runs_model else None
+        model_run.check_target(arguments, target, dtype)
+        model = model_run.SourceModel.load(source, arguments.calibration, arguments.device) if runs_model else None
         if recipe is None:
             assert model
             with _progress(None, "groups") as progress:
@@ -162,7 +169,7 @@ def _convert(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.recipe == model_run.AUTO:
             print(describe.plan_text(document), file=sys.stderr)
-        encode, identity = None, source.identity
+        encode, identity = model_run.device_encoder(arguments), source.identity
         store = output.with_name(f"{output.name}.calibration")
         if arguments.encoder == model_run.CALIBRATED:
             assert model
@@ -182,7 +189,7 @@ def _convert(arguments: argparse.Namespace) -> int:
                 threads=_cores(),
                 progress=progress,
             )
-        if encode is not None:
+        if arguments.encoder == model_run.CALIBRATED:
             shutil.rmtree(store)
     _print(arguments, describe.report_document(report), describe.report_text(report))
     return 0

@@ -79,9 +79,9 @@ def auto_recipe(
     sensitivities: groups of tensors, planned at PROBE_BITS -> the KL divergence that each group causes alone. A group
     that is not measured is taken to be as sensitive, by weight, as the others are on average.
     """
-    plans = {bits: make_plan(target.tensors, Recipe("auto", {"*": bits}), block_size, dtype) for bits in AUTO_BITS}
+    plans = auto_plans(target, block_size, dtype)
+    budget = auto_budget(plans, bits_per_weight, nbytes)
     any_plan = plans[PROBE_BITS]
-    budget = nbytes if nbytes is not None else int((bits_per_weight or 0) * any_plan.weights / 8)
     fixed = any_plan.nbytes - sum(planned.nbytes for planned in any_plan.quantized)
     groups = group_tensors(any_plan)
     measured = sensitivities(groups)
@@ -99,20 +99,31 @@ def auto_recipe(
         ]
         for name in groups
     ]
-    try:
-        chosen = allocate(options, budget - fixed)
-    except ConvertError:
-        smallest = min(plan.nbytes for plan in plans.values())
-        raise ConvertError(
-            f"the target of {budget} bytes ({8 * budget / any_plan.weights:.3f} bits a weight) cannot be met: "
-            f"2 bits everywhere take {smallest} ({8 * smallest / any_plan.weights:.3f})"
-        ) from None
+    chosen = allocate(options, budget - fixed)
     bits = {
         planned.tensor.module: option.bits
         for group, option in zip(groups.values(), chosen, strict=True)
         for planned in group
     }
     return Recipe("auto", bits)
+
+
+def auto_plans(target: Target, block_size: int | None, dtype: np.dtype | None) -> dict[int, Plan]:
+    """The plan of every legal number of bits, the same for all tensors."""
+    return {bits: make_plan(target.tensors, Recipe("auto", {"*": bits}), block_size, dtype) for bits in AUTO_BITS}
+
+
+def auto_budget(plans: Mapping[int, Plan], bits_per_weight: float | None, nbytes: int | None) -> int:
+    """The bytes that all tensors may take; ConvertError if no plan fits."""
+    weights = plans[PROBE_BITS].weights
+    budget = nbytes if nbytes is not None else int((bits_per_weight or 0) * weights / 8)
+    smallest = min(plan.nbytes for plan in plans.values())
+    if smallest > budget:
+        raise ConvertError(
+            f"the target of {budget} bytes ({8 * budget / weights:.3f} bits a weight) cannot be met: "
+            f"{min(AUTO_BITS)} bits everywhere take {smallest} ({8 * smallest / weights:.3f})"
+        )
+    return budget
 
 
 def group_tensors(plan: Plan) -> dict[str, list[PlannedTensor]]:

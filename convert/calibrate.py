@@ -9,6 +9,9 @@ A second stream of hidden states passes through the unquantized layers. The targ
 *unquantized* model, W X, approximated from the inputs X' of the quantized one: W X X'^T (X' X'^T)^-1 undoes part of the
 error that earlier layers made (GPTAQ, Li et al., arXiv 2504.02692).
 
+The output head comes first, since a tied one is also the embedding whose output all layers see; it is rounded against
+what it reads in the unquantized model.
+
 A result is accepted only if its output error on held-out windows is lower than that of the search encoder.
 """
 
@@ -20,21 +23,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import feedback, search
+from convert import feedback, search_torch
 from convert.code_store import CodeStore, row_digests
 from convert.format import ModuleSpec
+from convert.plan import TIED_POWER, column_power
 from convert.reference import Encoded
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
 
     from convert.layer_walk import LayerRun
 
 BATCH = 8  # windows that pass a layer together
 HELD_OUT = 8  # one batch in so many only judges
 ROUNDS = 1  # of norms and coordinate descent after error feedback
+HEAD = "head"  # its name in the store
+HEAD_ROWS = 2**15  # rows of the head that are rounded together
+EMBEDDING_SHARE = 0.1  # what a tied embedding counts for as input, of the head's mean second moment; docs/quality.md
 
+Result = tuple[np.ndarray, Encoded, ModuleSpec]  # digests uint64 [N] of the rows of a matrix, its codes, its spec
+Rounded = tuple[Encoded, str]  # codes, and why they are those of the search encoder, or ""
 SpecOf = Callable[[np.ndarray], "ModuleSpec | None"]  # digests uint64 [N] of a matrix's rows -> its spec
 
 
@@ -65,6 +73,14 @@ class Moments:
         own = inputs.T @ inputs
         self.quantized = self.quantized + own
         self.cross = self.cross + (own if exact is None else exact.T @ inputs)
+
+    def with_identity(self, share: float) -> Moments:
+        """The same and as many inputs that are unrelated and alike, `share` times as large."""
+        import torch
+
+        assert isinstance(self.quantized, torch.Tensor) and isinstance(self.cross, torch.Tensor)
+        level = share * torch.diagonal(self.quantized).mean() * torch.eye(len(self.cross), device=self.cross.device)
+        return Moments(self.tokens, self.quantized + level, self.cross + level)
 
     def rotated(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Both moments per token in the rotated basis, float32 [Kp, Kp]."""
@@ -99,17 +115,15 @@ def calibrate(
     with torch.no_grad():
         show_experts(model)
         layers = decoder_layers(model)
-        size = min(BATCH, max(len(windows) // 2, 1))
-        tokens = torch.from_numpy(windows[: len(windows) // size * size]).to(model.device)
-        batches = list(tokens.split(size))
-        held_out = [
-            index % HELD_OUT == HELD_OUT - 1 or (len(batches) <= HELD_OUT and index == len(batches) - 1)
-            for index in range(len(batches))
-        ]
+        batches, held_out = split_windows(torch.from_numpy(windows).to(model.device))
         calls = record_calls(model, layers, batches[0])
         exact = [state.to(device) for state in enter(model, layers, batches)]
-        _quantize_embedding(model.get_input_embeddings(), spec_of)
+        round_head(model, batches, held_out, spec_of, store, outcome)
+        embedding = model.get_input_embeddings().weight
+        original = embedding.detach().clone()
+        _quantize_embedding(embedding, spec_of, store)
         hidden = [state.to(device) for state in enter(model, layers, batches)]
+        embedding.copy_(original)
         for index, layer in enumerate(layers):
             run = LayerRun(layer, calls[index], device)
             name = f"layer-{index:05}"
@@ -120,7 +134,7 @@ def calibrate(
                 stages = run.stages(hidden[0])
                 for stage in stages:
                     results += _round_stage(run, stage, hidden, exact, held_out, spec_of, f"{name}.", outcome)
-                _search_the_rest(run, stages, spec_of, f"{name}.", outcome)
+                results += _search_the_rest(run, stages, spec_of, f"{name}.", outcome)
                 store.save(name, results)
             exact = [run.run(state, exact=True) for state in exact]
             hidden = [run.run(state) for state in hidden]
@@ -128,11 +142,59 @@ def calibrate(
     return outcome
 
 
-def _quantize_embedding(embedding: nn.Embedding, spec_of: SpecOf) -> None:
-    weight = _values(embedding.weight)
-    spec = spec_of(row_digests(weight[:1]))
+def split_windows(windows: torch.Tensor) -> tuple[list[torch.Tensor], list[bool]]:
+    """Batches of windows int64 [windows, length], and which of them only judge: one in HELD_OUT, the last of few."""
+    size = min(BATCH, max(len(windows) // 2, 1))
+    batches = list(windows[: len(windows) // size * size].split(size))
+    last = len(batches) - 1
+    held_out = [
+        index % HELD_OUT == HELD_OUT - 1 or (len(batches) <= HELD_OUT and index == last)
+        for index in range(len(batches))
+    ]
+    return batches, held_out
+
+
+def round_head(
+    model: Any,
+    batches: Sequence[torch.Tensor],
+    held_out: Sequence[bool],
+    spec_of: SpecOf,
+    store: CodeStore,
+    outcome: Outcome,
+) -> None:
+    """Round the output head against what it reads in the unquantized model.
+
+    The rows of a head that is tied to the embedding also enter the first layer, where no input counts more than
+    another.
+    """
+    from convert.layer_walk import head_inputs
+
+    head = model.get_output_embeddings()
+    if head is None or store.has(HEAD):
+        return
+    spec = spec_of(row_digests(_values(head.weight[:1])))
+    if spec is None:
+        return
+    fit, judge = Moments(), Moments()
+    for batch, judging in zip(batches, held_out, strict=True):
+        (judge if judging else fit).add(head_inputs(model, head, batch), None)
+    power = 0.0
+    if head.weight is model.get_input_embeddings().weight:
+        fit, judge = fit.with_identity(EMBEDDING_SHARE), judge.with_identity(EMBEDDING_SHARE)
+        power = TIED_POWER
+    results = []
+    for start in range(0, len(head.weight), HEAD_ROWS):
+        rows = head.weight[start : start + HEAD_ROWS].float()
+        rounded = _round([rows], [power], fit, judge, spec)
+        results += _record([f"output head from row {start}"], [rows], rounded, spec, outcome)
+    store.save(HEAD, results)
+
+
+def _quantize_embedding(weight: torch.Tensor, spec_of: SpecOf, store: CodeStore) -> None:
+    values = _values(weight)
+    spec = spec_of(row_digests(values[:1]))
     if spec is not None:
-        _assign(embedding.weight, search.encode(weight, spec), spec)
+        _assign(weight, store.encoder()(values, spec), spec)
 
 
 def _decode_stored(run: LayerRun, spec_of: SpecOf, store: CodeStore) -> None:
@@ -146,15 +208,17 @@ def _decode_stored(run: LayerRun, spec_of: SpecOf, store: CodeStore) -> None:
 
 def _search_the_rest(
     run: LayerRun, stages: Sequence[Sequence[Sequence[str]]], spec_of: SpecOf, prefix: str, outcome: Outcome
-) -> None:
+) -> list[Result]:
     """Matrices that the layer never gives to `linear`: quantized too, but not against their inputs."""
     seen = {name for stage in stages for group in stage for name in group}
+    results: list[Result] = []
     for name, weight in run.weights().items():
-        values = _values(weight)
-        spec = None if name in seen else spec_of(row_digests(values[:1]))
+        spec = None if name in seen else spec_of(row_digests(_values(weight[:1])))
         if spec is not None:
-            outcome.fallbacks.append(f"{prefix}{name}: its inputs are not seen")
-            _assign(weight, search.encode(values, spec), spec)
+            rounded = [(_searched(weight, spec, column_power(name)), "its inputs are not seen")]
+            results += _record([f"{prefix}{name}"], [weight], rounded, spec, outcome)
+            _assign(weight, rounded[0][0], spec)
+    return results
 
 
 def _round_stage(
@@ -166,7 +230,7 @@ def _round_stage(
     spec_of: SpecOf,
     prefix: str,
     outcome: Outcome,
-) -> list[tuple[np.ndarray, Encoded, ModuleSpec]]:
+) -> list[Result]:
     """Gather the moments of one stage, round its matrices, and put the decoded weights into the layer."""
     weights = run.weights()
     specs = {name: spec_of(row_digests(_values(weights[name][:1]))) for group in stage for name in group}
@@ -175,23 +239,35 @@ def _round_stage(
     if not groups:
         return []
     fit, judge = _gather(run, [group[0] for group in groups], hidden, exact, held_out)
-    results = []
+    results: list[Result] = []
     for group in groups:
         for names in _by_spec(group, specs):
             spec = specs[names[0]]
             assert spec
-            originals = [weights[name] for name in names]
-            rounded = _round(originals, fit.get(group[0]), judge.get(group[0]), spec)
-            for name, original, found in zip(names, originals, rounded, strict=True):
-                values = _values(original)
-                if isinstance(found, str):
-                    outcome.fallbacks.append(f"{prefix}{name}: {found}")
-                    _assign(original, search.encode(values, spec), spec)
-                else:
-                    outcome.accepted += 1
-                    results.append((row_digests(values), found, spec))
-                    _assign(original, found, spec)
+            originals, powers = [weights[name] for name in names], [column_power(name) for name in names]
+            rounded = _round(originals, powers, fit.get(group[0]), judge.get(group[0]), spec)
+            results += _record([f"{prefix}{name}" for name in names], originals, rounded, spec, outcome)
+            for original, (found, _) in zip(originals, rounded, strict=True):
+                _assign(original, found, spec)
     return results
+
+
+def _record(
+    names: Sequence[str],
+    originals: Sequence[torch.Tensor],
+    rounded: Sequence[Rounded],
+    spec: ModuleSpec,
+    outcome: Outcome,
+) -> list[Result]:
+    """What the store keeps of rounded matrices, and their place in the report."""
+    for name, (_, reason) in zip(names, rounded, strict=True):
+        if reason:
+            outcome.fallbacks.append(f"{name}: {reason}")
+        else:
+            outcome.accepted += 1
+    return [
+        (row_digests(_values(original)), found, spec) for original, (found, _) in zip(originals, rounded, strict=True)
+    ]
 
 
 def _by_spec(names: Sequence[str], specs: dict[str, ModuleSpec | None]) -> list[list[str]]:
@@ -221,35 +297,47 @@ def _gather(
 
 
 def _round(
-    originals: Sequence[torch.Tensor], fit: Moments | None, judge: Moments | None, spec: ModuleSpec
-) -> list[Encoded | str]:
-    """Codes for matrices that share their input, or for each the reason to use the search encoder instead."""
+    originals: Sequence[torch.Tensor],
+    powers: Sequence[float],
+    fit: Moments | None,
+    judge: Moments | None,
+    spec: ModuleSpec,
+) -> list[Rounded]:
+    """Codes for matrices that share their input; those of the search encoder, and why, where they are no worse."""
     import torch
 
+    searched = [_searched(each, spec, power) for each, power in zip(originals, powers, strict=True)]
     if fit is None or judge is None or fit.tokens < spec.in_features:
         tokens = fit.tokens if fit else 0
-        return [f"{tokens} calibration tokens for {spec.in_features} inputs"] * len(originals)
+        return [(each, f"{tokens} calibration tokens for {spec.in_features} inputs") for each in searched]
     weight = feedback.rotate_rows(torch.cat(list(originals)), spec.block_size)
     hessian, cross = fit.rotated(spec.block_size)
     try:
         target = feedback.compensated(weight, hessian, cross)
-        norms = feedback.search_norms(weight, spec)
+        norms = search_torch.best_norms(weight.reshape(-1, spec.block_size), spec.bits).reshape(len(weight), -1)
         state = feedback.round_with_feedback(target, hessian, norms, spec, ROUNDS)
     except feedback.SingularHessianError as error:
-        return [str(error)] * len(originals)
-    plain = feedback.nearest_codes(weight, feedback.search_norms(weight, spec), spec)
+        return [(each, str(error)) for each in searched]
+    baseline = torch.cat([_rounding(each, spec, weight.device).values() for each in searched])
     judges = judge.rotated(spec.block_size)
-    found, baseline = (feedback.row_errors(each.values(), weight, *judges) for each in (state, plain))
     sizes = [len(original) for original in originals]
-    better = [
-        bool(ours.sum() < theirs.sum()) for ours, theirs in zip(found.split(sizes), baseline.split(sizes), strict=True)
-    ]
+    ours, theirs = (
+        [float(rows.sum()) for rows in feedback.row_errors(values, weight, *judges).split(sizes)]
+        for values in (state.values(), baseline)
+    )
     codes = state.codes.to("cpu", torch.uint8).split(sizes)
     norms = state.norms.to("cpu", torch.float16).split(sizes)
     return [
-        Encoded(codes[i].numpy(), norms[i].numpy()) if better[i] else "no better than search on held-out text"
+        (Encoded(codes[i].numpy(), norms[i].numpy()), "")
+        if ours[i] < theirs[i]
+        else (searched[i], "no better than search on held-out text")
         for i in range(len(originals))
     ]
+
+
+def _searched(weight: torch.Tensor, spec: ModuleSpec, power: float) -> Encoded:
+    codes, norms = search_torch.encode(weight, spec, power)
+    return Encoded(codes.cpu().numpy(), norms.cpu().numpy())
 
 
 def _values(weight: torch.Tensor) -> np.ndarray:
@@ -260,12 +348,12 @@ def _values(weight: torch.Tensor) -> np.ndarray:
 
 def _assign(weight: torch.Tensor, encoded: Encoded, spec: ModuleSpec) -> None:
     """Put the decoded weight in place of the original."""
+    decoded = feedback.rotate_rows(_rounding(encoded, spec, weight.device).values(), spec.block_size)
+    weight.data.copy_(decoded[:, : spec.in_features])
+
+
+def _rounding(encoded: Encoded, spec: ModuleSpec, device: torch.device) -> feedback.Rounding:
     import torch
 
-    state = feedback.Rounding(
-        torch.from_numpy(encoded.codes.astype(np.int64)).to(weight.device),
-        torch.from_numpy(encoded.norms.astype(np.float32)).to(weight.device),
-        spec,
-    )
-    decoded = feedback.rotate_rows(state.values(), spec.block_size)[:, : spec.in_features]
-    weight.data.copy_(decoded)
+    codes = torch.from_numpy(encoded.codes).to(device).long()
+    return feedback.Rounding(codes, torch.from_numpy(encoded.norms).to(device).float(), spec)

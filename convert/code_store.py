@@ -2,7 +2,7 @@
 
 A row of K weights is the unit: whatever names an engine gives its tensors, and however it stacks or joins them, rows
 stay rows. So calibration runs on the transformers model, keeps the codes under a digest of every source row, and any
-target's conversion picks them up. A row that is not in the store (calibration fell back for it) is encoded by search.
+target's conversion picks them up. A row that is not in the store is encoded by search.
 """
 
 from __future__ import annotations
@@ -100,8 +100,8 @@ class StoredEncoder:
         self._matrix = np.concatenate([np.empty(0, np.int64), *matrices])[order]
         self._row = np.concatenate([np.empty(0, np.int64), *rows])[order]
 
-    def __call__(self, weight: np.ndarray, spec: ModuleSpec) -> Encoded:
-        """Codes of every row of a float32 [..., N, K] weight."""
+    def __call__(self, weight: np.ndarray, spec: ModuleSpec, power: float = 0.0) -> Encoded:
+        """Codes of every row of a float32 [..., N, K] weight; those of rows it does not know as search.encode does."""
         rows = weight.reshape(-1, weight.shape[-1])
         digests = row_digests(rows)
         position = np.minimum(np.searchsorted(self._digests, digests), max(len(self._digests) - 1, 0))
@@ -109,7 +109,7 @@ class StoredEncoder:
         codes = np.empty((len(rows), spec.padded_in_features), np.uint8)
         norms = np.empty((len(rows), spec.blocks), np.float16)
         if not known.all():
-            codes[~known], norms[~known] = search.encode(rows[~known], spec)
+            codes[~known], norms[~known] = search.encode(rows[~known], spec, power)
         matrix = np.where(known, self._matrix[position] if len(self._digests) else -1, -1)
         for index in np.unique(matrix[known]):
             here = matrix == index

@@ -1,4 +1,4 @@
-"""Encoders by name: `(weight float32 [..., N, K], spec) -> Encoded`."""
+"""Encoders by name: `(weight float32 [..., N, K], spec, power) -> Encoded`; only `search` looks at the power."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from convert.codebook import codebook
 from convert.format import ModuleSpec
 from convert.reference import Encoded, blocks, hadamard, to_float16
 
-Encoder = Callable[[np.ndarray, ModuleSpec], Encoded]
+Encoder = Callable[[np.ndarray, ModuleSpec, float], Encoded]
 
 CHUNK = 2**17  # weights at a time: the working set (float32 in, rotated, masks) fits a 2 MB second-level cache
 
 
-def encode_plain(weight: np.ndarray, spec: ModuleSpec) -> Encoded:
+def encode_plain(weight: np.ndarray, spec: ModuleSpec, power: float = 0.0) -> Encoded:
     """reference.encode, cut into pieces that stay in the cache.
 
     A code is the number of midpoints below the value: one comparison and one addition of bytes a midpoint is three

@@ -31,7 +31,6 @@ MAX_DAMPING = 1.0
 COMPENSATION = (
     0.5  # the whole way overfits the calibration text: KL .0874 and .0965 on two texts, half way .0789, .0827
 )
-_GRID = [0.65 * 1.03**step for step in range(26)]  # of the L2 norm, to 1.36
 COLUMNS = 128  # columns between two updates of the whole matrix
 
 
@@ -50,10 +49,7 @@ class Rounding:
     @property
     def table(self) -> torch.Tensor:
         """Centroids over sqrt(B), float32 [2**b]: a value is its norm times its entry."""
-        import torch
-
-        values = torch.tensor(codebook(self.spec.bits), dtype=torch.float64) / self.spec.block_size**0.5
-        return values.to(self.norms)
+        return _table(self.spec.bits, self.spec.block_size, self.norms.device)
 
     @property
     def scales(self) -> torch.Tensor:
@@ -70,8 +66,23 @@ def rotate_rows(weight: torch.Tensor, block_size: int) -> torch.Tensor:
     import torch
 
     padded = torch.nn.functional.pad(weight, (0, -weight.shape[1] % block_size))
-    matrix = torch.from_numpy(hadamard(block_size).copy()).to(weight)
+    matrix = _rotation(block_size, weight.dtype, weight.device)
     return (padded.reshape(-1, block_size) @ matrix).reshape(len(weight), -1)
+
+
+# Kept on the device: a copy from the host would wait for all work in flight, once a matrix.
+@lru_cache(maxsize=32)
+def _table(bits: int, block_size: int, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return (torch.tensor(codebook(bits), dtype=torch.float64) / block_size**0.5).float().to(device)
+
+
+@lru_cache(maxsize=32)
+def _rotation(block_size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    import torch
+
+    return torch.from_numpy(hadamard(block_size).copy()).to(dtype).to(device)
 
 
 def rotate_both(moment: torch.Tensor, block_size: int) -> torch.Tensor:
@@ -92,35 +103,6 @@ def compensated(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor
     import torch
 
     return weight + COMPENSATION * torch.linalg.solve(damped(hessian), (weight @ (cross - hessian)).T).T
-
-
-def search_norms(weight: torch.Tensor, spec: ModuleSpec) -> torch.Tensor:
-    """The norm of every block of a rotated weight that minimizes its squared error (as in search.py): [N, Kp / B]."""
-    import torch
-
-    blocks = weight.reshape(len(weight), spec.blocks, spec.block_size)
-    table = torch.tensor(codebook(spec.bits)).to(weight)
-    midpoints = (table[1:] + table[:-1]) / 2
-    unit = blocks.square().mean(dim=2, keepdim=True).sqrt().clamp_min(1e-30)
-    z = blocks / unit
-    best_gain = torch.zeros_like(unit[..., 0])
-    best = torch.ones_like(best_gain)
-    for scale in _GRID:
-        centroids = table[torch.bucketize(z / scale, midpoints)]
-        product, energy = ((centroids * other).sum(dim=2) for other in (z, centroids))
-        gain = product.square() / energy
-        better = (gain > best_gain) & (product > 0)
-        best_gain = torch.where(better, gain, best_gain)
-        best = torch.where(better, product / energy, best)
-    return best * unit[..., 0] * spec.block_size**0.5
-
-
-def nearest_codes(weight: torch.Tensor, norms: torch.Tensor, spec: ModuleSpec) -> Rounding:
-    """The nearest codes of a rotated weight [N, Kp] under given norms."""
-    state = Rounding(weight.long(), norms.half().float(), spec)
-    table = state.table
-    state.codes = _nearest(weight, state.scales, (table[1:] + table[:-1]) / 2)
-    return state
 
 
 def round_with_feedback(

@@ -90,6 +90,24 @@ def enter(model: nn.Module, layers: nn.ModuleList, batches: Sequence[torch.Tenso
     return states
 
 
+def head_inputs(model: nn.Module, head: nn.Module, batch: torch.Tensor) -> torch.Tensor:
+    """What the output head multiplies, float32 [tokens, K], for tokens [windows, length]."""
+    seen: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0].float())
+        raise _Stop
+
+    handle = head.register_forward_pre_hook(stop)
+    try:
+        model(input_ids=batch, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0].reshape(-1, seen[0].shape[-1])
+
+
 def record_calls(model: nn.Module, layers: nn.ModuleList, batch: torch.Tensor) -> list[Call]:
     """The arguments of every layer (masks and positions may differ between them); no layer is computed for it."""
     calls: list[Call] = []

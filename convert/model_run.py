@@ -12,14 +12,16 @@ from typing import Any
 
 import numpy as np
 
-from convert.allocate import auto_recipe
+from convert.allocate import auto_budget, auto_plans, auto_recipe
 from convert.calibrate import Outcome, calibrate
 from convert.code_store import CodeStore, StoredEncoder, row_digests
+from convert.encoders import Encoder
 from convert.errors import ConvertError
 from convert.evaluate import WINDOW, import_torch, load_transformers
 from convert.format import ModuleSpec
 from convert.plan import Plan, PlannedTensor
 from convert.recipe import Recipe
+from convert.search_torch import DeviceEncoder
 from convert.sensitivity import measure
 from convert.source import Source
 from convert.target import Target
@@ -32,6 +34,7 @@ CALIBRATION_WINDOWS = (
 )
 PROBE_WINDOWS = 4  # enough to rank groups: each causes its own, paired change
 SELF = "self"
+DEVICES = ("cpu", "cuda", "mps")
 
 Progress = Callable[[int], object]
 
@@ -47,6 +50,8 @@ def check_options(arguments: argparse.Namespace) -> None:
         raise ConvertError(
             "--recipe auto chooses the bits of embedding and head too; drop --embed-bits and --head-bits"
         )
+    if arguments.device is not None:
+        _check_device(arguments)
     if arguments.calibration is not None:
         if not needs_model(arguments):
             raise ConvertError("--calibration serves --encoder calibrated and --recipe auto; add one or drop it")
@@ -57,6 +62,33 @@ def check_options(arguments: argparse.Namespace) -> None:
 def needs_model(arguments: argparse.Namespace) -> bool:
     """True if the conversion must run the source model."""
     return arguments.recipe == AUTO or arguments.encoder == CALIBRATED
+
+
+def _check_device(arguments: argparse.Namespace) -> None:
+    if not needs_model(arguments) and arguments.encoder != "search":
+        raise ConvertError(
+            f"--device serves --encoder search, and --encoder {arguments.encoder} runs in numpy; drop it"
+        )
+    if arguments.device == "mps" and arguments.encoder == CALIBRATED:
+        raise ConvertError("--encoder calibrated needs float64, which mps has not; use --device cpu")
+    torch = import_torch()
+    present = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if not present[arguments.device]:
+        raise ConvertError(f"--device {arguments.device}: torch finds no such device here")
+
+
+def check_target(arguments: argparse.Namespace, target: Target, dtype: np.dtype | None) -> None:
+    """Refuse a size that no bits can give, from headers alone: before a model is loaded or writes a text."""
+    if arguments.recipe == AUTO:
+        plans = auto_plans(target, arguments.block_size, dtype)
+        auto_budget(plans, arguments.target_bpw, arguments.target_size)
+
+
+def device_encoder(arguments: argparse.Namespace) -> Encoder | None:
+    """The search encoder on --device; None where the encoder's name says everything."""
+    if arguments.device in (None, "cpu") or arguments.encoder != "search":
+        return None
+    return DeviceEncoder(arguments.device)
 
 
 @dataclass
@@ -74,8 +106,8 @@ class SourceModel:
         return hashlib.sha256(self.windows.tobytes()).hexdigest()
 
     @classmethod
-    def load(cls, source: Source, calibration: str | None) -> SourceModel:
-        """Load the model in the dtype of its files; `calibration` is the path of a text, or `self`."""
+    def load(cls, source: Source, calibration: str | None, device: str | None) -> SourceModel:
+        """Load the model in the dtype of its files; `calibration` is the path of a text, or `self` (None too)."""
         torch = import_torch()
         calibration = calibration or SELF
         tokenizer, vocabulary = load_tokenizer(source.directory)
@@ -85,7 +117,7 @@ class SourceModel:
             windows = token_windows(tokenizer, read_text(calibration, "--calibration"), WINDOW, vocabulary, where)
             if len(windows) < 2:
                 raise ConvertError(f"{where}: {len(windows) * WINDOW} tokens; at least {2 * WINDOW} are needed")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         model = load_transformers(source.directory, "auto").to(device)
         if windows is None:
             windows = self_windows(model, CALIBRATION_WINDOWS)
@@ -154,13 +186,15 @@ def self_windows(model: Any, count: int) -> np.ndarray:
 
 
 def _first_rows(target: Target, groups: Mapping[str, Sequence[PlannedTensor]]) -> dict[int, tuple[str, ModuleSpec]]:
-    """The digest of every quantized tensor's first row -> its group and spec: what joins two sets of names."""
+    """The digest of the first row of every quantized matrix -> its group and spec: what joins two sets of names."""
     found: dict[int, tuple[str, ModuleSpec]] = {}
     for name, group in groups.items():
         for planned in group:
-            first = np.asarray(target.read(planned.tensor, slice(0, 1)), np.float32)
             assert planned.spec
-            found[int(row_digests(first.reshape(-1, first.shape[-1])[:1])[0])] = (name, planned.spec)
+            matrices = planned.tensor.shape[0] if len(planned.tensor.shape) == 3 else 1  # experts, or one
+            for index in range(matrices):
+                first = np.asarray(target.read(planned.tensor, slice(index, index + 1)), np.float32)
+                found[int(row_digests(first.reshape(-1, first.shape[-1])[:1])[0])] = (name, planned.spec)
     return found
 
 

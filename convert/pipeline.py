@@ -23,7 +23,9 @@ from convert.target import Target
 from convert.tensors import is_float
 from convert.writer import Staging, cut_shards
 
-TASK_WEIGHTS = 2**20  # weights a task: 4 MB of float32, so that tens of tasks in flight stay far below a gigabyte
+# weights a task: 4 MB of float32, so that tens of tasks in flight stay far below a gigabyte. The search encoder takes
+# the size of a column from the rows of one task (64 rows of the widest matrices): another number gives other codes.
+TASK_WEIGHTS = 2**20
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ def _runner(target: Target, encoder: Encoder) -> Callable[[Task], dict[str, np.n
             return {tensor.name: _cast(data, planned)}
         try:
             with np.errstate(invalid="ignore", over="ignore"):  # NaN and infinity are refused, not warned of
-                encoded = encoder(data.astype(np.float32), planned.spec)
+                encoded = encoder(data.astype(np.float32), planned.spec, planned.power)
         except ValueError as error:
             raise ConvertError(f"{tensor.where}: {error}") from None
         return {

@@ -24,6 +24,7 @@ class PlannedTensor:
     tensor: OutputTensor
     spec: ModuleSpec | None
     dtype: np.dtype  # of a copied tensor in the output
+    power: float = 0.0  # how the search encoder weighs the inputs, see column_power
     guard: bool = False  # an empty tensor under the weight's own name joins the codes (docs/format.md)
 
     @property
@@ -120,7 +121,10 @@ def _plan_tensor(
     if bits is not None:
         in_features = tensor.shape[-1]
         spec = ModuleSpec(bits, block_size or default_block_size(in_features), in_features)
-        return PlannedTensor(tensor, spec, tensor.dtype)
+        power = column_power(tensor.module) if tensor.kind in (Kind.LINEAR, Kind.EXPERTS) else 0.0
+        if tensor.kind is Kind.EMBEDDING and tied:
+            power = TIED_POWER
+        return PlannedTensor(tensor, spec, tensor.dtype, power)
     cast = dtype is not None and is_float(tensor.dtype) and not tensor.keep_dtype
     return PlannedTensor(tensor, None, dtype if cast and dtype is not None else tensor.dtype)
 
@@ -139,7 +143,19 @@ def legal_tensor_parallel(plan: Plan, config: Mapping, largest: int = 16) -> lis
     ]
 
 
-ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "w2", "c_proj", "dense_4h_to_h", "fc2", "wo")
+# Linears that write to the residual stream; engines split these by columns, and all others by rows.
+ROW_PARALLEL = ("o_proj", "down_proj", "out_proj", "w2", "c_proj", "dense_4h_to_h", "fc2", "wo", "dense")
+
+# Measured on two models (docs/quality.md): the input of a matrix that reads the residual stream matters in inverse
+# proportion to the square of its column's size; that of a writer says nothing; that of a tied embedding in proportion.
+READER_POWER = -2.0
+TIED_POWER = 1.0
+
+
+def column_power(name: str) -> float:
+    """How the inputs of a linear layer matter by the size of their columns (convert/search.py), by its name."""
+    leaf = name.removesuffix(".weight").partition("[")[0].rpartition(".")[2]
+    return 0.0 if leaf in ROW_PARALLEL else READER_POWER
 
 
 def _splits(planned: PlannedTensor, degree: int) -> bool:

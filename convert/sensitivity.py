@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from convert import feedback
+from convert import feedback, search_torch
 from convert.code_store import row_digests
 from convert.format import ModuleSpec
+from convert.plan import TIED_POWER, column_power
 
 if TYPE_CHECKING:
     import torch
@@ -29,35 +30,40 @@ def measure(
     """
     import torch
 
-    groups: dict[str, list[tuple[torch.Tensor, ModuleSpec]]] = {}
-    for parameter in model.parameters():
+    groups: dict[str, list[tuple[torch.Tensor, ModuleSpec, float]]] = {}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    for parameter_name, parameter in model.named_parameters():
         if parameter.ndim not in (2, 3):
             continue
         first_row = parameter.data.reshape(-1, parameter.shape[-1])[:1]
         found = group_of(row_digests(first_row.to("cpu", torch.float32).numpy()))
         if found is not None:
-            groups.setdefault(found[0], []).append((parameter.data, found[1]))
+            if parameter is embedding.weight or (head is not None and parameter is head.weight):
+                power = TIED_POWER if head is not None and head.weight is embedding.weight else 0.0
+            else:
+                power = column_power(parameter_name)
+            groups.setdefault(found[0], []).append((parameter.data, found[1], power))
     batch = torch.from_numpy(windows).to(model.device)
     losses: dict[str, float] = {}
     with torch.no_grad():
         reference = _log_softmax(model, batch)
         for name, members in groups.items():
-            originals = [weight.clone() for weight, _ in members]
-            for weight, spec in members:
-                rows = weight.view(-1, weight.shape[-1])
-                rows.copy_(quantized_by_search(rows.float(), spec))
+            originals = [weight.clone() for weight, *_ in members]
+            for weight, spec, power in members:
+                for matrix in weight if weight.ndim == 3 else [weight]:
+                    matrix.copy_(quantized_by_search(matrix.float(), spec, power))
             losses[name] = _mean_kl(reference, _log_softmax(model, batch))
-            for (weight, _), original in zip(members, originals, strict=True):
+            for (weight, *_), original in zip(members, originals, strict=True):
                 weight.copy_(original)
             progress(1)
     return losses
 
 
-def quantized_by_search(weight: torch.Tensor, spec: ModuleSpec) -> torch.Tensor:
-    """The decoded weight [N, K] that the search encoder gives."""
-    rotated = feedback.rotate_rows(weight, spec.block_size)
-    state = feedback.nearest_codes(rotated, feedback.search_norms(rotated, spec), spec)
-    return feedback.rotate_rows(state.values(), spec.block_size)[:, : spec.in_features]
+def quantized_by_search(weight: torch.Tensor, spec: ModuleSpec, power: float) -> torch.Tensor:
+    """The decoded weight float32 [N, K] that the search encoder gives."""
+    codes, norms = search_torch.encode(weight, spec, power)
+    values = feedback.Rounding(codes.long(), norms.float(), spec).values()
+    return feedback.rotate_rows(values, spec.block_size)[:, : spec.in_features]
 
 
 def _log_softmax(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:

@@ -98,17 +98,21 @@ def plan_quantization(
     recipe: str,
     embed_bits: int | None,
     head_bits: int | None,
-) -> QuantizationConfig:
-    """What the converter would quantize in the unquantized model in `directory`, from headers alone."""
+) -> tuple[QuantizationConfig, dict[str, float]]:
+    """What the converter would quantize in the unquantized model in `directory`, from headers alone.
+
+    The second part says for every module how the search encoder weighs its inputs (convert/plan.py).
+    """
     from convert.plan import make_plan
     from convert.recipe import make_recipe
     from convert.target import open_target
 
     target = open_target("cuda", Path(directory))
-    return make_plan(target.tensors, make_recipe(recipe, bits, embed_bits, head_bits), block_size).quantization()
+    plan = make_plan(target.tensors, make_recipe(recipe, bits, embed_bits, head_bits), block_size)
+    return plan.quantization(), {planned.tensor.module: planned.power for planned in plan.quantized}
 
 
-def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str | None) -> tuple[np.ndarray, np.ndarray]:
+def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str | None, power: float) -> tuple[np.ndarray, np.ndarray]:
     """float32 [..., N, K] -> the two tensors of format 1: uint32 words, float16 norms. None: the converter's default.
 
     Raises ValueError when the weight holds NaN or infinity.
@@ -119,5 +123,5 @@ def encode(weight: np.ndarray, spec: ModuleSpec, encoder: str | None) -> tuple[n
     encoder = encoder or DEFAULT_ENCODER
     if encoder not in ENCODERS:
         raise ValueError(f"encoder is {encoder!r}; the encoders are {', '.join(ENCODERS)}")
-    encoded = ENCODERS[encoder](weight, spec)
+    encoded = ENCODERS[encoder](weight, spec, power)
     return pack(encoded.codes, spec.bits), encoded.norms

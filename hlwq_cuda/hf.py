@@ -50,7 +50,8 @@ from hlwq_cuda.placement import (
 class HLWQConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads, with the converter's options and its codes; or config.json's record.
 
-    bits, recipe, embed_bits, head_bits, block_size, encoder: the flags of `python -m convert` of those names.
+    bits, recipe, embed_bits, head_bits, block_size, encoder: the flags of `python -m convert` of those names. The
+    search encoder looks at the columns of what it gets: here a whole matrix, there a million weights of it at a time.
     `quantization` is what a quantized model holds: read from config.json, or planned when loading begins.
     """
 
@@ -68,6 +69,7 @@ class HLWQConfig(QuantizationConfigMixin):
         self.bits, self.recipe, self.embed_bits, self.head_bits = bits, recipe, embed_bits, head_bits
         self.block_size, self.encoder = block_size, encoder
         self.quantization: QuantizationConfig | None = None
+        self.powers: dict[str, float] = {}  # of the modules of a plan, see plan_quantization
         stored.pop("quant_method", None)
         if "format_version" in stored or "modules" in stored:
             record = {"quant_method": QUANT_METHOD, "bits": bits, "block_size": block_size, **stored}
@@ -81,13 +83,13 @@ class HLWQConfig(QuantizationConfigMixin):
         if directory is None:
             raise ValueError("HLWQ quantizes a model while it loads from safetensors files, and this one has none")
         options = (self.bits, self.block_size, self.recipe, self.embed_bits, self.head_bits)
-        self.quantization = plan_quantization(directory, *options)
+        self.quantization, self.powers = plan_quantization(directory, *options)
 
     def to_dict(self) -> dict:
         """The `quantization_config` of config.json once a model is quantized, else the options."""
         if self.quantization is not None:
             return self.quantization.to_dict()
-        return {name: value for name, value in vars(self).items() if name != "quantization"}
+        return {name: value for name, value in vars(self).items() if name not in ("quantization", "powers")}
 
 
 class HLWQQuantizer(HfQuantizer):
@@ -236,7 +238,9 @@ class EncodeOperation(ConversionOps):
         install(model, place.path, module)
         missing_keys.discard(full_layer_name)
         try:
-            words, norms = encode(weight.float().cpu().numpy(), place.spec, self.quantizer.quantization_config.encoder)
+            config = self.quantizer.quantization_config
+            power = config.powers[place.sources[0]]
+            words, norms = encode(weight.float().cpu().numpy(), place.spec, config.encoder, power)
         except ValueError as error:
             raise FormatError(f"{full_layer_name}: {error}") from None
         tensors = {codes_name(place.path): torch.from_numpy(words), norms_name(place.path): torch.from_numpy(norms)}

@@ -12,7 +12,7 @@ import pytest
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from convert import feedback, model_run, search  # noqa: E402
+from convert import feedback, model_run, reference, search, search_torch  # noqa: E402
 from convert.__main__ import main  # noqa: E402
 from convert.calibrate import calibrate  # noqa: E402
 from convert.checkpoint import Checkpoint  # noqa: E402
@@ -21,8 +21,8 @@ from convert.codebook import codebook  # noqa: E402
 from convert.errors import ConvertError  # noqa: E402
 from convert.evaluate import bits_per_weight, load_transformers  # noqa: E402
 from convert.format import ModuleSpec, default_block_size  # noqa: E402
-from convert.layer_walk import LayerRun  # noqa: E402
-from convert.reference import Encoded, decode, rotate  # noqa: E402
+from convert.layer_walk import LayerRun, head_inputs  # noqa: E402
+from convert.reference import Encoded  # noqa: E402
 from tests.tiny_models import tiny_model  # noqa: E402
 
 SPEC = ModuleSpec(4, 64, 200)  # pads to 256
@@ -37,6 +37,18 @@ def problem(tokens: int = 2000, seed: int = 0):
     return weight, inputs, inputs.T @ inputs / tokens
 
 
+def nearest(weight, norms, spec) -> feedback.Rounding:
+    """A rotated weight rounded to the nearest codes under given norms."""
+    scaled = weight.reshape(len(weight), spec.blocks, -1) * (spec.block_size**0.5 / norms)[..., None]
+    codes = torch.from_numpy(reference.nearest(scaled.numpy(), spec.bits)).reshape(weight.shape)
+    return feedback.Rounding(codes.long(), norms.half().float(), spec)
+
+
+def searched(weight, spec) -> torch.Tensor:
+    """Norms of a rotated weight as the search encoder takes them."""
+    return search_torch.best_norms(weight.reshape(-1, spec.block_size), spec.bits).reshape(len(weight), -1)
+
+
 def output_error(state: feedback.Rounding, weight, hessian) -> float:
     difference = state.values() - weight
     return float(((difference @ hessian) * difference).sum())
@@ -45,8 +57,8 @@ def output_error(state: feedback.Rounding, weight, hessian) -> float:
 def test_every_step_lowers_the_output_error():
     weight, _, hessian = problem()
     raised = feedback.damped(hessian)
-    norms = feedback.search_norms(weight, SPEC)
-    errors = [output_error(feedback.nearest_codes(weight, norms, SPEC), weight, raised)]
+    norms = searched(weight, SPEC)
+    errors = [output_error(nearest(weight, norms, SPEC), weight, raised)]
     errors += [
         output_error(feedback.round_with_feedback(weight, hessian, norms, SPEC, r), weight, raised) for r in range(3)
     ]
@@ -56,21 +68,9 @@ def test_every_step_lowers_the_output_error():
 
 def test_without_correlation_feedback_is_plain_rounding():
     weight, _, _ = problem()
-    norms = feedback.search_norms(weight, SPEC)
+    norms = searched(weight, SPEC)
     state = feedback.round_with_feedback(weight, torch.eye(256), norms, SPEC, rounds=0)
-    assert torch.equal(state.codes, feedback.nearest_codes(weight, norms, SPEC).codes)
-
-
-def test_norm_search_finds_what_the_numpy_encoder_finds():
-    weight = np.random.default_rng(0).standard_normal((64, 256)).astype(np.float32)
-    spec = ModuleSpec(3, 128, 256)
-    norms = feedback.search_norms(torch.from_numpy(rotate(weight, 128)), spec)
-    state = feedback.nearest_codes(torch.from_numpy(rotate(weight, 128)), norms, spec)
-    ours = Encoded(state.codes.numpy().astype(np.uint8), state.norms.numpy().astype(np.float16))
-    found, expected = (
-        ((decode(each, spec, codebook(3)) - weight) ** 2).sum() for each in (ours, search.encode(weight, spec))
-    )
-    assert found == pytest.approx(expected, rel=0.01)  # the grids differ a little
+    assert torch.equal(state.codes, nearest(weight, norms, SPEC).codes)
 
 
 def test_row_errors_are_the_errors_of_the_outputs():
@@ -240,6 +240,39 @@ def test_auto_recipe_beats_uniform_at_equal_size(texts: dict[str, Path], tmp_pat
     assert bits_per_weight(tmp_path / "auto") <= bits
     uniform, auto = (divergence(tmp_path / name, source, texts["evaluation"], capsys) for name in ("uniform", "auto"))
     assert auto < uniform
+
+
+def test_impossible_target_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch, capsys):
+    source = tiny_model("llama", tmp_path / "source", dtype="float32")
+    monkeypatch.setattr(model_run.SourceModel, "load", lambda *_: pytest.fail("loaded"))
+    assert run(source, tmp_path / "out", "--recipe", "auto", "--target-size", "1kB") == 1
+    error = capsys.readouterr().err
+    assert "cannot be met: 2 bits everywhere take" in error and error.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
+
+
+def test_head_is_rounded_against_what_it_reads(tmp_path: Path):
+    """Tied and not: with the head alone quantized, calibration leaves the model closer to itself than search."""
+    windows = np.random.default_rng(0).integers(0, 256, (16, 128))
+    for family in ("llama", "qwen3"):
+        source = tiny_model(family, tmp_path / family, dtype="float32")
+        model = load_transformers(source, "auto")
+        head = model.get_output_embeddings().weight
+        spec = ModuleSpec(3, default_block_size(head.shape[1]), head.shape[1])
+        first = int(row_digests(head[:1].detach().numpy())[0])
+        specs = {first: spec}
+        store = CodeStore(tmp_path / f"{family}-store", "")
+        before = model.get_input_embeddings().weight.clone()
+        outcome = calibrate(model, windows, lambda d, specs=specs: specs.get(int(d[0])), store)
+        assert outcome.accepted == 1 and not outcome.fallbacks
+        assert torch.equal(model.get_input_embeddings().weight, before)
+        weight = head.detach().numpy()
+        inputs = head_inputs(model, model.get_output_embeddings(), torch.from_numpy(windows[::-1, ::-1].copy()))
+        errors = []
+        for encoded in (store.encoder()(weight, spec), search.encode(weight, spec)):
+            difference = torch.from_numpy(reference.decode(encoded, spec, codebook(3), np.float32) - weight)
+            errors.append(float((inputs.detach() @ difference.T).square().mean()))
+        assert errors[0] < 0.95 * errors[1], family
 
 
 @pytest.mark.parametrize(

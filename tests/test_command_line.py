@@ -220,9 +220,9 @@ SLOW = """
 import sys, time
 from convert import encoders
 plain = encoders.encode_plain
-def slow(weight, spec):
+def slow(weight, spec, power):
     time.sleep(0.4)
-    return plain(weight, spec)
+    return plain(weight, spec, power)
 encoders.ENCODERS["plain"] = slow
 from convert.__main__ import main
 sys.exit(main(sys.argv[1:]))

@@ -8,7 +8,7 @@ import pytest
 
 from convert.errors import ConvertError
 from convert.format import ModuleSpec
-from convert.plan import legal_tensor_parallel, make_plan
+from convert.plan import READER_POWER, TIED_POWER, column_power, legal_tensor_parallel, make_plan
 from convert.recipe import make_recipe
 from convert.target import Kind, OutputTensor
 
@@ -112,3 +112,18 @@ def test_the_guard_is_an_empty_tensor_at_one_linear_layer():
     added = [stored for planned in plan.guarded().tensors for stored in planned.stored if stored.name not in names]
     assert [(stored.name, stored.shape) for stored in added] == [("q_proj.weight", (0,))]
     assert plan.guarded().nbytes == plan.nbytes
+
+
+def test_inputs_count_by_what_a_matrix_reads():
+    names = ("layers.0.self_attn.q_proj", "layers.0.mlp.down_proj", "layers.0.linear_attn.out_proj")
+    tensors = [tensor(f"{name}.weight", (64, 256)) for name in names]
+    tensors += [
+        tensor("layers.0.mlp.experts.gate_up_proj", (3, 64, 256), Kind.EXPERTS),
+        tensor("embed_tokens.weight", (300, 256), Kind.EMBEDDING),
+    ]
+    powers = [planned.power for planned in make_plan(tensors, make_recipe("uniform", 4)).quantized]
+    assert powers == [READER_POWER, 0.0, 0.0, READER_POWER, TIED_POWER]
+    untied = make_plan([*tensors, tensor("lm_head.weight", (300, 256), Kind.HEAD)], make_recipe("uniform", 4))
+    assert [planned.power for planned in untied.quantized[-2:]] == [0.0, 0.0]
+    assert column_power("self_attn.v_proj.weight") == column_power("mlp.experts.gate_up_proj[3]") == READER_POWER
+    assert column_power("mlp.experts.down_proj[3]") == column_power("self_attn.o_proj.weight") == 0.0
