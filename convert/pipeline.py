@@ -19,13 +19,14 @@ from convert.format import codes_name, norms_name
 from convert.packing import pack
 from convert.plan import Plan, PlannedTensor
 from convert.progress import Progress, no_progress
+from convert.search import GROUP_WEIGHTS
 from convert.target import Target
 from convert.tensors import is_float
 from convert.writer import Staging, cut_shards
 
-# weights a task: 4 MB of float32, so that tens of tasks in flight stay far below a gigabyte. The search encoder takes
-# the size of a column from the rows of one task (64 rows of the widest matrices): another number gives other codes.
-TASK_WEIGHTS = 2**20
+# 4 MB of float32 a task, so that tens of tasks in flight stay far below a gigabyte; and what search encodes together:
+# its codes do not depend on tasks
+TASK_WEIGHTS = GROUP_WEIGHTS
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from convert.format import ModuleSpec
 from convert.reference import Encoded, blocks, hadamard, nearest, rotate, to_float16
 
 CHUNK = 1 << 15  # weights at a time in the search for norms: the working arrays stay in a 1 MB cache
+GROUP_WEIGHTS = 1 << 20  # weights whose rows are encoded together and share one guess about their columns
 SHAPED_CHUNK = 1 << 20  # weights at a time while codes are shaped: long columns hide the price of a call
 COLUMNS = 16  # values rounded between two updates of the rest of their block
 FLOOR = 1e-3  # smallest mean square of a column, of the mean over its block
@@ -45,19 +46,28 @@ def encode(weight: np.ndarray, spec: ModuleSpec, power: float = 0.0) -> Encoded:
     """Norms of least squared error (to the grid's resolution), and codes; a drop-in for reference.encode.
 
     weight: float32 [..., N, K], finite. power: an input matters as its column's root mean square to this power; at 0
-    codes are the nearest ones. Columns are those of each [N, K] as given, so the rows of a matrix belong together.
-    Raises ValueError when a value is not finite or a norm exceeds float16.
+    codes are the nearest ones. Columns are those of a group of rows (`row_groups`): cut there, the pieces of a matrix
+    get the codes of the whole. Raises ValueError when a value is not finite or a norm exceeds
+    float16.
     """
     cut = blocks(weight, spec.block_size)
     matrices = cut.reshape(-1, *(cut.shape[-3:] if cut.ndim > 2 else (1, *cut.shape[-2:])))  # [matrices, N, blocks, B]
     codes = np.empty(matrices.shape, np.uint8)
     norms = np.empty(matrices.shape[:-1], np.float16)
     for index, matrix in enumerate(matrices):
-        factors = None if power == 0 else feedback_factors(_column_squares(matrix), spec.in_features, power)
-        for part in _parts(*matrix.shape):
-            factor = None if factors is None else factors[part[1]]
-            codes[index][part], norms[index][part] = _encode_part(matrix[part], spec.bits, factor)
+        for rows in row_groups(len(matrix), spec.in_features):
+            group = matrix[rows]
+            factors = None if power == 0 else feedback_factors(_column_squares(group), spec.in_features, power)
+            for part in _parts(*group.shape):
+                factor = None if factors is None else factors[part[1]]
+                codes[index][rows][part], norms[index][rows][part] = _encode_part(group[part], spec.bits, factor)
     return Encoded(codes.reshape(*weight.shape[:-1], -1), norms.reshape(*weight.shape[:-1], -1))
+
+
+def row_groups(rows: int, in_features: int) -> Iterator[slice]:
+    """The rows of an [N, K] that are encoded together."""
+    step = max(GROUP_WEIGHTS // in_features, 1)
+    return (slice(start, start + step) for start in range(0, rows, step))
 
 
 def _parts(rows: int, count: int, size: int) -> Iterator[tuple[slice, slice]]:

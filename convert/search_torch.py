@@ -20,8 +20,6 @@ from convert.reference import Encoded, hadamard, to_float16
 if TYPE_CHECKING:
     import torch
 
-CHUNK = 1 << 25  # weights at a time
-
 
 class DeviceEncoder:
     """An encoder for the pipeline that runs on a torch device."""
@@ -46,15 +44,13 @@ def encode(weight: torch.Tensor, spec: ModuleSpec, power: float = 0.0) -> tuple[
     size = spec.block_size
     padded = torch.nn.functional.pad(weight, (0, spec.padded_in_features - spec.in_features))
     cut = padded.reshape(len(weight), spec.blocks, size)
-    factors = None
-    if power:
-        square = cut.square().sum(0).cpu().numpy().astype(np.float64)
-        factors = torch.from_numpy(search.feedback_factors(square, spec.in_features, power)).to(weight.device)
     codes = torch.empty_like(cut, dtype=torch.uint8)
     norms = torch.empty(cut.shape[:2], dtype=torch.float16, device=weight.device)
-    step = max(CHUNK // spec.padded_in_features, 1)
-    for start in range(0, len(weight), step):
-        rows = slice(start, start + step)
+    for rows in search.row_groups(len(weight), spec.in_features):
+        factors = None
+        if power:
+            square = cut[rows].square().sum(0).cpu().numpy().astype(np.float64)
+            factors = torch.from_numpy(search.feedback_factors(square, spec.in_features, power)).to(weight.device)
         rotated = cut[rows] @ _rotation(size, weight.device)
         exact = best_norms(rotated.reshape(-1, size), spec.bits)
         largest = float(exact.max()) if len(exact) else 0.0

@@ -50,8 +50,7 @@ from hlwq_cuda.placement import (
 class HLWQConfig(QuantizationConfigMixin):
     """How to quantize a model while it loads, with the converter's options and its codes; or config.json's record.
 
-    bits, recipe, embed_bits, head_bits, block_size, encoder: the flags of `python -m convert` of those names. The
-    search encoder looks at the columns of what it gets: here a whole matrix, there a million weights of it at a time.
+    bits, recipe, embed_bits, head_bits, block_size, encoder: the flags of `python -m convert` of those names.
     `quantization` is what a quantized model holds: read from config.json, or planned when loading begins.
     """
 

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from convert import pipeline
+from convert import pipeline, search
 from convert.__main__ import main
 from convert.checkpoint import Checkpoint
 from convert.codebook import codebook
 from convert.format import ModuleSpec
+from convert.plan import PlannedTensor
 from convert.reference import decode, encode
+from convert.target import OutputTensor
 from convert.tensors import read, read_header, read_tensors
 from tests.sources import DTYPES, LLAMA, arguments, contents, llama_shapes, random_tensors, write_llama, write_source
 
@@ -165,3 +167,12 @@ def test_a_bounded_number_of_tasks_is_in_memory(llama: Path, tmp_path: Path, mon
     monkeypatch.setattr(pipeline, "_size", counting_size)
     assert main(arguments(llama, tmp_path / "out")) == 0
     assert written > 300 and 2 <= most <= 6
+
+
+@pytest.mark.parametrize("shape", [(5000, 576), (300, 12288), (7, 2**21)])
+def test_a_task_is_what_the_search_encoder_takes_together(shape: tuple[int, int]):
+    """So that a model quantized while it loads, matrix by matrix, gets the converter's codes."""
+    tensor = OutputTensor("up_proj.weight", shape, np.dtype(np.float32), "model.safetensors")
+    tasks = pipeline._tasks(PlannedTensor(tensor, None, tensor.dtype))
+    groups = [range(shape[0])[rows] for rows in search.row_groups(*shape)]
+    assert [range(task.rows.start, task.rows.stop) for task in tasks] == groups

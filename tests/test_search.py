@@ -78,6 +78,20 @@ def test_shaping_leaves_alike_columns_alone():
     np.testing.assert_array_equal(shaped.norms, flat.norms)
 
 
+def test_a_matrix_gets_the_same_codes_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    """As the converter reads it, and as a model that is quantized while it loads has it."""
+    monkeypatch.setattr(search_module, "GROUP_WEIGHTS", 30 * 512 + 7)
+    rng = np.random.default_rng(9)
+    weight = (rng.standard_normal((70, 512)) * rng.lognormal(0, 0.7, 512)).astype(np.float32)
+    spec = ModuleSpec(4, 128, 512)
+    whole = search(weight, spec, -2.0)
+    pieces = [search(weight[start : start + 30], spec, -2.0) for start in (0, 30, 60)]
+    np.testing.assert_array_equal(whole.codes, np.concatenate([piece.codes for piece in pieces]))
+    np.testing.assert_array_equal(whole.norms, np.concatenate([piece.norms for piece in pieces]))
+    monkeypatch.undo()
+    assert (search(weight, spec, -2.0).codes != whole.codes).any()  # the groups matter
+
+
 def test_pieces_of_shaping_do_not_show(monkeypatch: pytest.MonkeyPatch):
     rng = np.random.default_rng(8)
     weight = (rng.standard_normal((70, 512)) * rng.lognormal(0, 0.7, 512)).astype(np.float32)

@@ -50,12 +50,14 @@ def test_same_codes_as_numpy(device: str, power: float, bits: int, block_size: i
     assert error == pytest.approx(other, rel=1e-2 if bits == 8 else 1e-3)
 
 
-def test_pieces_do_not_show(monkeypatch: pytest.MonkeyPatch):
-    source, spec = torch.from_numpy(weight(50, 256)), ModuleSpec(4, 64, 256)
-    whole = search_torch.encode(source, spec, -2.0)
-    monkeypatch.setattr(search_torch, "CHUNK", 7 * 256)
-    pieces = search_torch.encode(source, spec, -2.0)
-    assert torch.equal(whole[0], pieces[0]) and torch.equal(whole[1], pieces[1])
+def test_a_matrix_is_cut_as_by_numpy(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(search, "GROUP_WEIGHTS", 20 * 256)
+    source, spec = weight(50, 256), ModuleSpec(4, 64, 256)
+    whole, expected = search_torch.encode(torch.from_numpy(source), spec, -2.0), search.encode(source, spec, -2.0)
+    pieces = [search_torch.encode(torch.from_numpy(source[start : start + 20]), spec, -2.0) for start in (0, 20, 40)]
+    for found, parts in zip(whole, zip(*pieces, strict=True), strict=True):
+        assert torch.equal(found, torch.cat(parts))
+    assert (whole[0].numpy() == expected.codes).mean() > 0.99
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
