@@ -239,7 +239,12 @@ class EncodeOperation(ConversionOps):
         try:
             config = self.quantizer.quantization_config
             power = config.powers[place.sources[0]]
-            words, norms = encode(weight.float().cpu().numpy(), place.spec, config.encoder, power)
+            rows = weight.float().cpu().numpy()
+            if len(place.sources) > len(rows):  # gate and up of every expert: the converter encodes them apart
+                rows = rows.reshape(len(place.sources), -1, rows.shape[-1])
+            words, norms = (
+                part.reshape(*weight.shape[:-1], -1) for part in encode(rows, place.spec, config.encoder, power)
+            )
         except ValueError as error:
             raise FormatError(f"{full_layer_name}: {error}") from None
         tensors = {codes_name(place.path): torch.from_numpy(words), norms_name(place.path): torch.from_numpy(norms)}

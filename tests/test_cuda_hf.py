@@ -83,8 +83,8 @@ def test_family_loads_saves_and_dequantizes(family: str, root: Path, tmp_path: P
 @pytest.mark.parametrize("family", ["llama", "qwen3_moe", "gemma3"])
 def test_quantizing_on_load_gives_the_converters_codes(family: str, root: Path, tmp_path: Path):
     """Also when the model computes in another dtype than the source's: the encoder reads the source."""
-    config = hlwq_cuda.HLWQConfig(bits=5, embed_bits=6, encoder="plain")
-    directory = converted(family, root, "--bits", "5", "--embed-bits", "6", "--encoder", "plain")
+    config = hlwq_cuda.HLWQConfig(bits=5, embed_bits=6)
+    directory = converted(family, root, "--bits", "5", "--embed-bits", "6")
     model = load(source(family, root), quantization_config=config, dtype=torch.bfloat16)
     model.save_pretrained(tmp_path)
     assert quantized_bytes(tmp_path) == quantized_bytes(directory)
