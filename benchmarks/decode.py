@@ -16,7 +16,6 @@ The last line of the output is the JSON that `--output` writes.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -31,6 +30,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from benchmarks.cuda_timing import read_bandwidth
 from benchmarks.random_models import SHAPES, cache_bytes, make_config, random_model, weight_bytes
+from benchmarks.report import report
 from hlwq_cuda.decode import Sampling, make_step
 from hlwq_cuda.generate import LanguageModel
 from hlwq_cuda.gpu import launch_options
@@ -273,10 +273,7 @@ def main(argv: list[str] | None = None) -> int:
             if base["mode"].startswith("bf16") and not row["mode"].startswith("bf16"):
                 times = row["tokens_per_second"] / base["tokens_per_second"]
                 row.setdefault("times", {})[base["mode"]] = round(times, 2)
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.output)
     return 0
 
 

@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 import hlwq_cuda  # noqa: F401  (makes the method known to transformers)
 from benchmarks.random_models import SHAPES, make_config, weight_bytes
+from benchmarks.report import report
 from convert.codebook import codebook
 from convert.format import ModuleSpec, QuantizationConfig, codes_name, default_block_size, norms_name
 
@@ -126,10 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         directory = Path(root) / "model"
         write_random(args.shape, args.bits, directory)
         result.update(measure(directory))
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(json.dumps(result))
+    report(result, args.output)
     return 0
 
 

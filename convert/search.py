@@ -31,8 +31,9 @@ from convert.format import ModuleSpec
 from convert.reference import Encoded, blocks, hadamard, nearest, rotate, to_float16
 
 CHUNK = 1 << 15  # weights at a time in the search for norms: the working arrays stay in a 1 MB cache
-GROUP_WEIGHTS = 1 << 20  # weights whose rows are encoded together and share one guess about their columns
-SHAPED_CHUNK = 1 << 20  # weights at a time while codes are shaped: long columns hide the price of a call
+GROUP_WEIGHTS = (
+    1 << 20
+)  # weights whose rows are encoded together, with one guess about their columns; long columns are fast
 COLUMNS = 16  # values rounded between two updates of the rest of their block
 FLOOR = 1e-3  # smallest mean square of a column, of the mean over its block
 BINS_PER_E = 1024  # bins of magnitude for every factor e
@@ -47,8 +48,7 @@ def encode(weight: np.ndarray, spec: ModuleSpec, power: float = 0.0) -> Encoded:
 
     weight: float32 [..., N, K], finite. power: an input matters as its column's root mean square to this power; at 0
     codes are the nearest ones. Columns are those of a group of rows (`row_groups`): cut there, the pieces of a matrix
-    get the codes of the whole. Raises ValueError when a value is not finite or a norm exceeds
-    float16.
+    get the codes of the whole. Raises ValueError when a value is not finite or a norm exceeds float16.
     """
     cut = blocks(weight, spec.block_size)
     matrices = cut.reshape(-1, *(cut.shape[-3:] if cut.ndim > 2 else (1, *cut.shape[-2:])))  # [matrices, N, blocks, B]
@@ -58,9 +58,7 @@ def encode(weight: np.ndarray, spec: ModuleSpec, power: float = 0.0) -> Encoded:
         for rows in row_groups(len(matrix), spec.in_features):
             group = matrix[rows]
             factors = None if power == 0 else feedback_factors(_column_squares(group), spec.in_features, power)
-            for part in _parts(*group.shape):
-                factor = None if factors is None else factors[part[1]]
-                codes[index][rows][part], norms[index][rows][part] = _encode_part(group[part], spec.bits, factor)
+            codes[index][rows], norms[index][rows] = _encode_group(group, spec.bits, factors)
     return Encoded(codes.reshape(*weight.shape[:-1], -1), norms.reshape(*weight.shape[:-1], -1))
 
 
@@ -70,17 +68,8 @@ def row_groups(rows: int, in_features: int) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, rows, step))
 
 
-def _parts(rows: int, count: int, size: int) -> Iterator[tuple[slice, slice]]:
-    """Some rows and some blocks at a time: many rows first, since shaping works on all rows of a column."""
-    some_rows = max(min(rows, SHAPED_CHUNK // size), 1)
-    some_blocks = max(SHAPED_CHUNK // (some_rows * size), 1)
-    for first_block in range(0, count, some_blocks):
-        for first_row in range(0, rows, some_rows):
-            yield slice(first_row, first_row + some_rows), slice(first_block, first_block + some_blocks)
-
-
-def _encode_part(rows: np.ndarray, bits: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Codes and norms of some blocks of some rows: [n, k, B] -> uint8 [n, k, B], float16 [n, k]."""
+def _encode_group(rows: np.ndarray, bits: int, factors: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and norms of some rows: [n, k, B] -> uint8 [n, k, B], float16 [n, k]."""
     size = rows.shape[-1]
     rotated = rotate(rows.reshape(-1, size).astype(np.float32, copy=False), size)
     step = CHUNK // size

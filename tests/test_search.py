@@ -92,17 +92,6 @@ def test_a_matrix_gets_the_same_codes_in_pieces(monkeypatch: pytest.MonkeyPatch)
     assert (search(weight, spec, -2.0).codes != whole.codes).any()  # the groups matter
 
 
-def test_pieces_of_shaping_do_not_show(monkeypatch: pytest.MonkeyPatch):
-    rng = np.random.default_rng(8)
-    weight = (rng.standard_normal((70, 512)) * rng.lognormal(0, 0.7, 512)).astype(np.float32)
-    spec = ModuleSpec(4, 128, 512)
-    whole = search(weight, spec, -2.0)
-    monkeypatch.setattr(search_module, "SHAPED_CHUNK", 32 * 128)
-    pieces = search(weight, spec, -2.0)
-    assert (whole.codes == pieces.codes).mean() > 0.999  # sums of another length round differently
-    np.testing.assert_array_equal(whole.norms, pieces.norms)
-
-
 def test_leading_axes_do_not_matter():
     weight = np.random.default_rng(3).standard_normal((2, 130, 1024)).astype(np.float32)
     spec = ModuleSpec(3, 128, 1024)

@@ -44,7 +44,7 @@ def pick(rows: int, units: int, gluon: bool, processors: int) -> Config:
     too small to fill the GPU, more warps along K and fewer outputs do.
     """
     if rows >= 24 * processors:
-        step = next((size for size in (64, 32) if -(-units // size) * size <= IDLE_LANES * units), 32)
+        step = next((size for size in (64, 32) if integers.cdiv(units, size) * size <= IDLE_LANES * units), 32)
         return Config(4, step, step // 32, gluon)
     step = min(128, max(32, integers.next_power_of_2(units)))
     return Config(4 if rows >= 12 * processors else 2, step, step // 32, gluon)

@@ -1,8 +1,8 @@
 """Many rows of activations times a weight: decode a slice of the weight, multiply by the library (cuBLAS).
 
-A slice becomes a matrix of the activation's dtype in the rotated basis and is multiplied with rotated activations, in
-both modes: rounding is that of the same product with an unquantized weight. Slices bound the memory: the weight of a
-layer never exists whole.
+A slice becomes a matrix of the activation's dtype in the rotated basis and is multiplied with rotated activations:
+rounding is that of the same product with an unquantized weight. For mode exact, and for int8 where prefill_int8.py does
+not serve. Slices bound the memory: of a large weight, an output head say, only a part exists at a time.
 """
 
 from __future__ import annotations
