@@ -22,6 +22,9 @@ try:
         norms_name,
     )
 except ImportError as error:
+    if not (error.name or "").startswith("convert"):
+        raise  # something that `convert` needs is not installed
+
     import convert
 
     raise ImportError(

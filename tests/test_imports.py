@@ -57,3 +57,18 @@ def test_convert_imports_no_backend_at_module_level():
 def test_convert_runs_without_backends(module: str):
     block = f"import sys; sys.modules.update(dict.fromkeys({BACKENDS!r})); import {module}"
     subprocess.run([sys.executable, "-c", block], check=True, cwd=ROOT)
+
+
+def test_what_stands_in_the_way_of_convert_is_named(tmp_path: Path):
+    """A missing dependency, and a file that hides the package."""
+    pytest.importorskip("torch")
+
+    def complaint(code: str, folder: Path) -> str:
+        command = [sys.executable, "-c", f"import sys; sys.path.append({str(ROOT)!r}); {code}"]
+        return subprocess.run(command, capture_output=True, text=True, cwd=folder).stderr.splitlines()[-1]
+
+    missing = complaint("sys.modules['ml_dtypes'] = None; import hlwq_cuda", ROOT)
+    assert "ml_dtypes" in missing and "hides" not in missing
+    (tmp_path / "convert.py").write_text("")
+    hidden = complaint("import hlwq_cuda", tmp_path)
+    assert str(tmp_path / "convert.py") in hidden and "rename that file" in hidden
