@@ -59,7 +59,7 @@ def main(capability: int, bits: int, mode: str, block: int, width: int) -> None:
 
 def report(name: str, recorder: Recorder, capability: int) -> None:
     opcodes = disassemble(recorder.compile(capability))
-    print(name, len(opcodes), sum(opcode.startswith(("HMMA", "IMMA", "IGMMA")) for opcode in opcodes))
+    print(name, len(opcodes), sum(opcode.startswith(("HMMA", "IMMA", "HGMMA", "IGMMA")) for opcode in opcodes))
 
 
 if __name__ == "__main__":

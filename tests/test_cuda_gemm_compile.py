@@ -29,5 +29,5 @@ def test_compiles(capability: int, bits: int, mode: str, block: int, width: int)
     assert counts["gemm"][1] > 0  # the product runs on tensor cores
     assert counts["dequantize"][0] > counts["dequantize"][1] == 0
     if mode == "int8":
-        assert counts["dequantize_int8"][1] == counts["quantize_rows"][1] == 0
-        assert counts["product"][1] > 0
+        assert counts["dequantize_int8"][0] > counts["dequantize_int8"][1] == 0
+        assert counts["quantize_rows"][1] > 0 and counts["product"][1] > 0
