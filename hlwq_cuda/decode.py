@@ -104,7 +104,7 @@ class ModuleStep:
 
 
 class FusedModelStep:
-    """A family that step.py knows; the model itself reads the prompt."""
+    """A family that step.py knows; the model itself reads the prompt where the step cannot."""
 
     name = "fused step"
 
@@ -112,15 +112,15 @@ class FusedModelStep:
         from hlwq_cuda.step import FusedStep
 
         self._model, self._step = model, FusedStep(model, max_length)
-        self.token, self.position, self.rewinds = self._step.token, self._step.position, self._step.rewinds
+        self.token, self.position, self.rewinds = self._step.token, self._step.position, self._step.reads_prompts
 
     def prefill(self, ids: torch.Tensor, kept: int = 0) -> torch.Tensor:
         """See Step."""
+        if self._step.reads_prompts:
+            return self._step.prefill(ids[0, kept:], kept)
         cache = DynamicCache(config=self._model.config)
-        if kept:
-            self._step.copy_cache(cache, kept)
         named = {cache_argument(self._model): cache}
-        logits = self._model(ids[:, kept:], **named, use_cache=True, logits_to_keep=1).logits[0, -1]
+        logits = self._model(ids, **named, use_cache=True, logits_to_keep=1).logits[0, -1]
         self._step.load_cache(cache)
         return logits
 

@@ -93,10 +93,9 @@ def rotate(x, block_size) -> torch.Tensor:
     return rotate_kernels.rotate(x, block_size, launch_options(x.device))
 
 
-def dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated) -> torch.Tensor:
+def dequantize(codes, norms, table, bits, block_size, in_features, dtype) -> torch.Tensor:
     """The rotation back works on float32: a weight is rounded to `dtype` once."""
-    shape = (*codes.shape[:-1], norms.shape[-1] * block_size)
-    out = codes.new_empty(shape, dtype=dtype if rotated else torch.float32)
+    out = norms.new_empty((*codes.shape[:-1], norms.shape[-1] * block_size), dtype=torch.float32)
     flat = (codes.flatten(0, -2), norms.flatten(0, -2), table, out.flatten(0, -2))
     dequantize_kernels.dequantize(*flat, bits, block_size)
-    return out if rotated else rotate(out, block_size)[..., :in_features].to(dtype)
+    return rotate(out, block_size)[..., :in_features].to(dtype)

@@ -72,7 +72,7 @@ class HLWQWeight(nn.Module):
 
     def dequantize(self, dtype: torch.dtype) -> torch.Tensor:
         """The weight that the codes stand for, [..., N, K]."""
-        return torch.ops.hlwq.dequantize(*self._tensors(), *self._geometry(), dtype, False)
+        return torch.ops.hlwq.dequantize(*self._tensors(), *self._geometry(), dtype)
 
     def effective_mode(self) -> str:
         """The mode that a product uses here."""
@@ -133,16 +133,15 @@ class HLWQLinear(HLWQWeight):
         super().prepare(device)
         self.decoded = None
         if self.weight_codes.device.type == "cpu" and self.effective_mode() == "exact":
-            weight = torch.ops.hlwq.dequantize(*self._tensors(), *self._geometry(), torch.float32, True)
+            weight = torch.ops.hlwq.dequantize(*self._tensors(), *self._geometry(), torch.float32)
             self.register_buffer("decoded", weight, persistent=False)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """One custom op; with a decoded weight, a rotation and a plain product."""
+        """One custom op; with a decoded weight, a plain product."""
         if self.decoded is not None and self.effective_mode() == "exact":
-            rotated = torch.ops.hlwq.rotate(x.float(), self.spec.block_size)
             bias = None if self.bias is None else self.bias.float()
-            return nn.functional.linear(rotated, self.decoded, bias).to(x.dtype)
+            return nn.functional.linear(x.float(), self.decoded, bias).to(x.dtype)
         return torch.ops.hlwq.linear(x, *self._tensors(), self.bias, *self._geometry(), self.effective_mode())
 
 
@@ -190,7 +189,7 @@ class HLWQExperts(HLWQWeight):
     def __getitem__(self, expert: int | torch.Tensor) -> torch.Tensor:
         """The decoded weight of one expert, [N, K] of `dtype`: stands where a module indexes a dense stack."""
         codes, norms, table = self._tensors()
-        return torch.ops.hlwq.dequantize(codes[expert], norms[expert], table, *self._geometry(), self.dtype, False)
+        return torch.ops.hlwq.dequantize(codes[expert], norms[expert], table, *self._geometry(), self.dtype)
 
     def forward(self, x: torch.Tensor, expert: int | torch.Tensor) -> torch.Tensor:
         """x W_e^T for one expert: [..., K] -> [..., N]."""

@@ -41,9 +41,9 @@ class AttentionMixer:
         """cache: [keys and values, kv_heads, T, D] of this layer."""
         self.projection = Projection(parts.inputs, around.buffers, around.eps)
         self.output = Projection([parts.output], around.buffers)
-        self._cache, self._order = cache, None
+        self.cache, self._order = cache, None
         norms = () if parts.query_norm is None else (parts.query_norm, parts.key_norm)
-        gains = tuple(around.gain(norm) for norm in norms) or None
+        self.gains = gains = tuple(around.gain(norm) for norm in norms) or None
         target = (self.output.input, self.output.layout.block_size, self.output.layout.format)
         if not parts.gated:
             self.launches = self._attend(self.projection.output, gains, around.rotary, around, *target)
@@ -66,14 +66,14 @@ class AttentionMixer:
 
     def _attend(self, row, gains, rotary, around: Surroundings, *target) -> list[Callable]:
         scale = around.head_dim**-0.5
-        tensors = (row, gains, rotary, *self._cache, around.position, around.partials)
+        tensors = (row, gains, rotary, *self.cache, around.position, around.partials)
         return [partial(attention, *tensors, around.eps, scale), partial(combine, around.partials, *target)]
 
     def load(self, cached, length: int) -> None:
         """Copy the keys and values of a layer of a transformers cache."""
         keys = cached.keys[0, :, :length]
-        self._cache[0, :, :length] = keys if self._order is None else keys[..., self._order]
-        self._cache[1, :, :length] = cached.values[0, :, :length]
+        self.cache[0, :, :length] = keys if self._order is None else keys[..., self._order]
+        self.cache[1, :, :length] = cached.values[0, :, :length]
 
 
 class DeltaMixer:

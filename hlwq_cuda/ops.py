@@ -55,9 +55,8 @@ def linear(
     check_mode(mode, bits)
     if x.shape[-1] != in_features:
         raise ValueError(f"the activation has {x.shape[-1]} columns, the weight takes {in_features}")
-    body = _gpu() if x.is_cuda else plain
     kernel = pick(x.numel() // in_features, mode, bits)
-    return body.linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, kernel)
+    return body(x).linear(x, codes, norms, table, bias, bits, block_size, in_features, mode, kernel)
 
 
 @linear.register_fake
@@ -74,7 +73,7 @@ def _save_for_linear(ctx, inputs, output) -> None:
 
 def _linear_gradient(ctx, gradient):
     codes, norms, table = ctx.saved_tensors
-    weight = torch.ops.hlwq.dequantize(codes, norms, table, *ctx.weight, gradient.dtype, False)
+    weight = torch.ops.hlwq.dequantize(codes, norms, table, *ctx.weight, gradient.dtype)
     for_bias = None if ctx.bias_dtype is None else gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
     return gradient @ weight, None, None, None, for_bias, None, None, None, None
 
@@ -94,8 +93,7 @@ def embedding(
     dtype: torch.dtype,
 ) -> torch.Tensor:
     """Rows of the weight, rotated back: integer ids [...] -> [..., K] of `dtype`."""
-    body = _gpu() if codes.is_cuda else plain
-    return body.embedding(ids, codes, norms, table, bits, block_size, in_features, dtype)
+    return body(codes).embedding(ids, codes, norms, table, bits, block_size, in_features, dtype)
 
 
 @embedding.register_fake
@@ -112,23 +110,20 @@ def dequantize(
     block_size: int,
     in_features: int,
     dtype: torch.dtype,
-    rotated: bool,
 ) -> torch.Tensor:
-    """The weight [N, K] of `dtype`; with `rotated` in the rotated basis, [N, Kp]: what a rotated activation needs."""
-    body = _gpu() if codes.is_cuda else plain
-    return body.dequantize(codes, norms, table, bits, block_size, in_features, dtype, rotated)
+    """The weight [N, K] of `dtype`."""
+    return body(codes).dequantize(codes, norms, table, bits, block_size, in_features, dtype)
 
 
 @dequantize.register_fake
-def _(codes, norms, table, bits, block_size, in_features, dtype, rotated):
-    width = norms.shape[-1] * block_size if rotated else in_features
-    return norms.new_empty((*codes.shape[:-1], width), dtype=dtype)
+def _(codes, norms, table, bits, block_size, in_features, dtype):
+    return norms.new_empty((*codes.shape[:-1], in_features), dtype=dtype)
 
 
 @torch.library.custom_op("hlwq::rotate", mutates_args=())
 def rotate(x: torch.Tensor, block_size: int) -> torch.Tensor:
     """Every block of B times H_B (its own inverse): [..., K] -> [..., Kp], same dtype, zeros appended."""
-    return (_gpu() if x.is_cuda else plain).rotate(x, block_size)
+    return body(x).rotate(x, block_size)
 
 
 @rotate.register_fake
@@ -155,8 +150,10 @@ def check_mode(mode: str, bits: int) -> None:
         raise ValueError(f"mode int8 serves 2 to {INT8_MAX_BITS} bits; use mode exact for {bits}-bit layers")
 
 
-def _gpu():
-    """The bodies that need Triton."""
+def body(tensor: torch.Tensor):
+    """The module whose functions compute the ops where `tensor` is: gpu.py or kernels/plain.py."""
+    if not tensor.is_cuda:
+        return plain
     try:
         from hlwq_cuda import gpu
     except ImportError as error:

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
+from hlwq_cuda import ops
 from hlwq_cuda.kernels import plain
 from hlwq_cuda.kernels.layout import CHUNK
 from hlwq_cuda.kernels.plain import Activation
@@ -44,6 +45,11 @@ class Projection:
         """Launch the products; capturable."""
         for product, output in self._products:
             product.run(self.input, output, launch)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """The same for many rows that nothing has rotated or scaled: [M, K] -> [M, N] of the same dtype."""
+        parts = [product.multiply(x) for product, _ in self._products]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 class InputLayout(NamedTuple):
@@ -135,13 +141,22 @@ class _Product:
             return
         shape = (self._bits, self._layout.block_size, self._layout.format)
         if output.is_cuda:
-            from hlwq_cuda import gpu
-
-            gpu.gemv(input, self._codes, self._norms, self._table, self._bias, output, *shape, launch)
+            ops.body(output).gemv(input, self._codes, self._norms, self._table, self._bias, output, *shape, launch)
         else:
             row = Activation(*(None if part is None else part[None] for part in input[:4]), input.eps)
             product = plain.multiply(row, self._codes, self._norms, self._table, *shape)[0]
             output.copy_(product if self._bias is None else product + self._bias)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, K] -> [M, N]."""
+        if self._layout.format == "plain":
+            bias = None if self._bias is None else self._bias.to(x.dtype)
+            return nn.functional.linear(x, self._weight, bias)
+        mode = self._layout.format
+        kernel = ops.pick(len(x), mode, self._bits)
+        shape = (self._bits, self._layout.block_size, self._layout.size)
+        weight = (self._codes, self._norms, self._table, self._bias)
+        return ops.body(x).linear(x, *weight, *shape, mode, kernel)
 
 
 def merge_rows(parameters: Sequence[nn.Parameter]) -> torch.Tensor:

@@ -11,8 +11,8 @@ stream stays in float32, and from compute capability 9.0 on each kernel starts w
 
     reason = FusedStep.supports(model, max_length)   # None, or why the model must take the general loop
     step = FusedStep(model, max_length)              # stacks weights, allocates the cache
-    step.load_cache(cache)                           # of a prefill by the model itself, any Cache; sets `position`
-    step.token.fill_(token)
+    step.prefill(ids)                                # or, where `reads_prompts` is false, load_cache(cache) after a
+    step.token.fill_(token)                          # prefill by the model itself; both set `position`
     logits = step.run()                              # [vocabulary], always the same buffer; extends the cache
     step.position += 1
 
@@ -36,6 +36,7 @@ from hlwq_cuda.kernels.attention import Partials, split_count
 from hlwq_cuda.kernels.norm import norm
 from hlwq_cuda.mixers import AttentionMixer, DeltaMixer, Surroundings, refuse
 from hlwq_cuda.projection import Buffers, Projection, input_layout
+from hlwq_cuda.prompt import Block, FusedPrompt
 
 if TYPE_CHECKING:
     from transformers import Cache, PreTrainedModel
@@ -49,6 +50,7 @@ class FusedStep:
     token:    int64 [1], the token to run
     position: int64 [1], its index: the number of tokens in the cache; the last slot serves for any beyond it
     logits:   [vocabulary], float32, or the head's dtype where the head is not quantized
+    reads_prompts: whether `prefill` can serve: every layer has ordinary attention
     cache:    [layers with attention, keys and values, kv_heads, max_length, D], the dtype of the model's norms
     """
 
@@ -85,14 +87,17 @@ class FusedStep:
         self._hidden = [torch.empty(config.hidden_size, device=self._device) for _ in range(2)]
         self._embedded = self._hidden[0]
         self._embedding = decoder.embed_tokens
-        self._launches, self._mixers = [], []
+        self._launches, self._mixers, self._blocks = [], [], []
         caches, delta = iter(self.cache), None
         for layer in layers:
             delta = self._add_layer(layer, caches, delta)
         head = Projection([model.get_output_embeddings()], self._buffers, config.rms_norm_eps)
+        self._before_head = self._hidden[0], delta  # residual stream, and what is still to be added
         self._add_norm(decoder.norm, delta, head)
         self._add(head.run)
         self.logits = head.output
+        self.reads_prompts = len(self._blocks) == len(layers)
+        self._prompt = FusedPrompt(self._blocks, self._embedding, self._around.rotary, self._around.eps)
 
     @staticmethod
     def supports(model: PreTrainedModel, max_length: int) -> str | None:
@@ -133,15 +138,19 @@ class FusedStep:
             mixer.load(layer, length)
         self.position.fill_(length)
 
-    @property
-    def rewinds(self) -> bool:
-        """Whether `copy_cache` can serve: the states of linear attention cannot go back."""
-        return all(isinstance(mixer, AttentionMixer) for mixer in self._mixers)
+    def prefill(self, ids: torch.Tensor, kept: int = 0) -> torch.Tensor:
+        """Read tokens int64 [L] behind the first `kept` of the cache; sets `position`, returns `logits` of the last.
 
-    def copy_cache(self, cache: Cache, length: int) -> None:
-        """Give the empty `cache` of transformers the first `length` tokens, to go on from there with a prompt."""
-        for index, (keys, values) in enumerate(self.cache[:, :, None, :, :length].unbind(0)):
-            cache.update(keys.clone(), values.clone(), index)
+        Raises ValueError when the cache is too short for them.
+        """
+        if kept + len(ids) > self.cache.shape[3]:
+            raise ValueError(f"{kept + len(ids)} tokens do not fit in a cache of {self.cache.shape[3]}")
+        for buffer, row in zip(self._before_head, self._prompt.read(ids, kept), strict=True):
+            buffer.copy_(row)
+        for launch in self._launches[-2:]:  # norm and head
+            launch()
+        self.position.fill_(kept + len(ids))
+        return self.logits
 
     def run(self) -> torch.Tensor:
         """Launch the step of `token` at `position`; returns `logits`."""
@@ -159,6 +168,10 @@ class FusedStep:
         self._mixers.append(mixer)
         gate_up = Projection((layer.gate, layer.up), self._buffers, self._around.eps)
         down = Projection((layer.down,), self._buffers)
+        if isinstance(layer.mixer, Attention) and not layer.mixer.gated:
+            gains = (self._gain(layer.mixer_norm), self._gain(layer.mlp_norm))
+            attends = (mixer.projection, mixer.gains, mixer.cache, mixer.output)
+            self._blocks.append(Block(gains[0], *attends, gains[1], gate_up, down))
         self._add_norm(layer.mixer_norm, delta, mixer.projection)
         for launch in (mixer.projection.run, *mixer.launches, mixer.output.run):
             self._add(launch)

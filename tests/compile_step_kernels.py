@@ -1,5 +1,6 @@
-"""Compiles the kernels of a decode step for three kinds of GPU, without one: run as a script, not in the interpreter.
+"""Compiles the kernels of a decode step, and of a prompt between its products, for three kinds of GPU, without one.
 
+Run as a script, outside the interpreter.
 Runs the step of a tiny model with every launch replaced by a compilation for its arguments. One line of JSON for each.
 """
 
@@ -18,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from hlwq_cuda.kernels import activation, attention, delta, gated, norm, sample
+from hlwq_cuda.kernels import activation, attention, delta, gated, norm, rows, sample
 from hlwq_cuda.kernels.plain import Activation
 
 POINTERS = {
@@ -60,7 +61,7 @@ class Compiler:
 
 
 def compile_all(capability: int, format: str, head_dim: int, dtype: torch.dtype, qk_norm: bool) -> None:
-    """Every kernel once: 4 heads in 2 groups, a cache of 256 tokens, blocks of 128."""
+    """Every kernel of a step and a prompt once: 4 heads in 2 groups, a cache of 256 tokens, blocks of 128."""
     Compiler.capability = capability
     launch = {"PDL": True, "launch_pdl": True} if capability >= 90 else {"PDL": False}
     size = 4 * head_dim
@@ -80,6 +81,9 @@ def compile_all(capability: int, format: str, head_dim: int, dtype: torch.dtype,
     position = torch.zeros(1, dtype=torch.int64)
     attention.attention(row(2 * size), gains, tables, *cache, position, partials, 1e-6, 0.1, launch)
     attention.combine(partials, out, 128, format, launch)
+    rows.add_norm(torch.empty(3, size), torch.empty(3, size, dtype=dtype), row(dtype=dtype), 1e-6, dtype)
+    rows.silu_mul_rows(torch.empty(3, 2 * size, dtype=dtype))
+    rows.split_heads(torch.empty(3, 2 * size, dtype=dtype), gains, tables, *cache, 5, 1e-6)
     gated.arrange(row(12 * head_dim), row(head_dim, torch.int32), row(8 * head_dim), 4, launch)
     gated.gate(row(), row(12 * head_dim), head_dim, out, 128, format, launch)
     shape = delta.Shape(2, 4, 128, 128, 4)
@@ -92,7 +96,7 @@ def compile_all(capability: int, format: str, head_dim: int, dtype: torch.dtype,
 
 
 def main() -> None:
-    for module in (activation, attention, delta, gated, norm, sample):
+    for module in (activation, attention, delta, gated, norm, rows, sample):
         for name, kernel in list(vars(module).items()):
             launched = isinstance(kernel, triton.JITFunction) and kernel.fn.__module__ == module.__name__
             if launched and name.endswith("_kernel"):

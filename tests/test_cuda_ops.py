@@ -96,15 +96,13 @@ def test_ops_keep_the_rules_of_torch_library(weight):
     torch.library.opcheck(torch.ops.hlwq.rotate.default, (x, BLOCK))
     ids = torch.tensor([[1, 2], [3, 3]], device=DEVICE)
     torch.library.opcheck(torch.ops.hlwq.embedding.default, (ids, *weight, BITS, BLOCK, WIDTH, torch.bfloat16))
-    for rotated in (False, True):
-        arguments = (*weight, BITS, BLOCK, WIDTH, torch.float16, rotated)
-        torch.library.opcheck(torch.ops.hlwq.dequantize.default, arguments)
+    torch.library.opcheck(torch.ops.hlwq.dequantize.default, (*weight, BITS, BLOCK, WIDTH, torch.float16))
 
 
 def test_gradient_is_that_of_the_dequantized_weight(weight):
     x = torch.randn(3, WIDTH, requires_grad=True, device=DEVICE)
     bias = torch.randn(ROWS, requires_grad=True, device=DEVICE)
-    dense = torch.ops.hlwq.dequantize(*weight, BITS, BLOCK, WIDTH, torch.float32, False)
+    dense = torch.ops.hlwq.dequantize(*weight, BITS, BLOCK, WIDTH, torch.float32)
     torch.ops.hlwq.linear(x, *weight, bias, BITS, BLOCK, WIDTH, "exact").square().sum().backward()
     found = x.grad.clone(), bias.grad.clone()
     x.grad = bias.grad = None

@@ -17,6 +17,7 @@ transformers = pytest.importorskip("transformers")
 from convert import packing, reference  # noqa: E402
 from convert.codebook import codebook  # noqa: E402
 from convert.format import ModuleSpec, default_block_size  # noqa: E402
+from hlwq_cuda import prompt  # noqa: E402
 from hlwq_cuda.decode import cache_argument  # noqa: E402
 from hlwq_cuda.layers import HLWQEmbedding, HLWQLinear  # noqa: E402
 from hlwq_cuda.step import FusedStep  # noqa: E402
@@ -130,19 +131,33 @@ def all_logits(model: transformers.PreTrainedModel, tokens: torch.Tensor) -> np.
 
 
 def stepped_logits(model: transformers.PreTrainedModel, tokens: torch.Tensor, prefill: int) -> np.ndarray:
-    """Logits at positions prefill, prefill + 1, ... by the fused step, after a prefill by the model."""
+    """Logits at positions prefill, prefill + 1, ... by the fused step, after a prompt of `prefill` tokens."""
     step = FusedStep(model, LENGTH)
     step.cache.fill_(float("nan"))
     with torch.no_grad():
-        cache = transformers.DynamicCache(config=model.config)
-        model(tokens[:, :prefill], **{cache_argument(model): cache}, use_cache=True)
-        step.load_cache(cache)
+        if step.reads_prompts:
+            step.prefill(tokens[0, :prefill])
+        else:
+            cache = transformers.DynamicCache(config=model.config)
+            model(tokens[:, :prefill], **{cache_argument(model): cache}, use_cache=True)
+            step.load_cache(cache)
         rows = []
         for token in tokens[0, prefill:]:
             step.token.fill_(token)
             rows.append(step.run().double().cpu().numpy().copy())
             step.position += 1
     return np.stack(rows)
+
+
+def prompt_logits(model: transformers.PreTrainedModel, *parts: torch.Tensor) -> np.ndarray:
+    """Logits of the last token, the prompt read in parts."""
+    step = FusedStep(model, LENGTH)
+    step.cache.fill_(float("nan"))
+    with torch.no_grad():
+        for part in parts:
+            logits = step.prefill(part, int(step.position))
+    assert int(step.position) == sum(map(len, parts))
+    return logits.double().cpu().numpy()
 
 
 @pytest.fixture(scope="module")
@@ -157,6 +172,45 @@ def test_exact_step_equals_float64_model(family: str, tokens: torch.Tensor) -> N
     # activations and centroids are rounded to fp16 (2**-11) at every product of the chain
     assert np.abs(got - expected).max() <= 2**-7 * expected.std()
     assert (got.argmax(-1) == expected.argmax(-1)).all()
+
+
+@pytest.mark.parametrize("family", [family for family in CONFIGS if family != "qwen3_5"])
+def test_prompt_equals_float64_model(family: str, tokens: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once, behind a cache, and in chunks; layers that read the same row differ in bits."""
+    model = quantize(build(family), {"v_proj": 6, "down_proj": 3, "o_proj": 8}, "exact")
+    expected = all_logits(dequantized(model), tokens)[-1]
+    bound = 2**-7 * expected.std()
+    assert np.abs(prompt_logits(model, tokens[0]) - expected).max() <= bound
+    assert np.abs(prompt_logits(model, *tokens[0].split([1, 5, 3])) - expected).max() <= bound
+    monkeypatch.setattr(prompt, "CHUNK", 4)
+    assert np.abs(prompt_logits(model, tokens[0]) - expected).max() <= bound
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_prompt_in_half_precision(family: str, tokens: torch.Tensor) -> None:
+    """At once and behind a cache, which are two ways through torch's attention; rounded to fp16 between kernels."""
+    model = quantize(build(family), {}, "exact").half()
+    expected = all_logits(dequantized(model), tokens)[-1]
+    for parts in ([tokens[0]], [tokens[0, :6], tokens[0, 6:]]):
+        assert np.abs(prompt_logits(model, *parts) - expected).max() <= 2**-6 * expected.std()
+
+
+def test_a_prompt_beyond_the_cache_is_refused(tokens: torch.Tensor) -> None:
+    step = FusedStep(build("mistral"), 10)
+    step.prefill(tokens[0])
+    with pytest.raises(ValueError, match="18 tokens do not fit in a cache of 10"):
+        step.prefill(tokens[0], 9)
+
+
+def test_prompt_in_int8_equals_modules() -> None:
+    """More rows than the kernels for a few take: both round rows and weights alike."""
+    model = quantize(build("llama"), {}, "int8")
+    tokens = torch.from_numpy(np.random.default_rng(2).integers(0, SMALL["vocab_size"], (1, 80))).to(DEVICE)
+    modules, exact = all_logits(model, tokens)[-1], all_logits(dequantized(model), tokens)[-1]
+    step = FusedStep(model, 80)
+    with torch.no_grad():
+        got = step.prefill(tokens[0]).double().cpu().numpy()
+    assert 0 < np.abs(got - modules).max() <= 0.5 * np.abs(modules - exact).max()
 
 
 def test_linear_attention_after_a_prompt_of_any_length(tokens: torch.Tensor) -> None:
@@ -185,7 +239,9 @@ def test_int8_step_equals_modules(family: str, tokens: torch.Tensor) -> None:
 
 def test_unquantized_model_takes_the_same_step(tokens: torch.Tensor) -> None:
     model = build("qwen2")
-    np.testing.assert_allclose(stepped_logits(model, tokens, 3), all_logits(model, tokens)[3:], rtol=1e-3, atol=1e-4)
+    expected = all_logits(model, tokens)
+    np.testing.assert_allclose(stepped_logits(model, tokens, 3), expected[3:], rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(prompt_logits(model, tokens[0]), expected[-1], rtol=1e-3, atol=1e-4)
 
 
 def test_merging_keeps_one_copy_and_the_modules_work(tokens: torch.Tensor) -> None:

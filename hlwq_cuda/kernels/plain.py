@@ -96,17 +96,15 @@ def multiply(activation: Activation, codes, norms, table, bits: int, block_size:
     return out
 
 
-def dequantize(codes, norms, table, bits: int, block_size: int, in_features: int, dtype, rotated: bool) -> torch.Tensor:
-    """The weight [..., N, K], or [..., N, Kp] in the rotated basis; see ops.dequantize."""
-    weight = decode(codes, norms, table, bits, block_size) * block_size**-0.5
-    if not rotated:
-        weight = rotate(weight, block_size)[..., :in_features]
-    return weight.to(dtype)
+def dequantize(codes, norms, table, bits: int, block_size: int, in_features: int, dtype) -> torch.Tensor:
+    """The weight [..., N, K]; see ops.dequantize."""
+    rotated = decode(codes, norms, table, bits, block_size) * block_size**-0.5
+    return rotate(rotated, block_size)[..., :in_features].to(dtype)
 
 
 def embedding(ids, codes, norms, table, bits: int, block_size: int, in_features: int, dtype) -> torch.Tensor:
     """Rows of the weight: [...] -> [..., K]; see ops.embedding."""
-    return dequantize(codes[ids], norms[ids], table, bits, block_size, in_features, dtype, False)
+    return dequantize(codes[ids], norms[ids], table, bits, block_size, in_features, dtype)
 
 
 def _sums(x: torch.Tensor, block_size: int) -> torch.Tensor:
