@@ -24,11 +24,11 @@ from convert.checkpoint import Checkpoint
 from convert.encoders import DEFAULT_ENCODER, ENCODERS
 from convert.errors import ConvertError
 from convert.format import BLOCK_SIZES, SUPPORTED_BITS, FormatError
-from convert.pipeline import convert, output_config
-from convert.plan import make_plan
+from convert.pipeline import Report, convert, output_config
+from convert.plan import Plan, make_plan
 from convert.recipe import DEFAULT_BITS, make_recipe
-from convert.source import open_source, refuse_quantized
-from convert.target import STYLES, TARGETS, open_target
+from convert.source import Source, open_source, refuse_quantized
+from convert.target import STYLES, TARGETS, Target, open_target
 from convert.tensors import DTYPES
 from convert.verify import verify, work
 from convert.writer import check_output
@@ -169,30 +169,43 @@ def _convert(arguments: argparse.Namespace) -> int:
             return 0
         if arguments.recipe == model_run.AUTO:
             print(describe.plan_text(document), file=sys.stderr)
-        encode, identity = model_run.device_encoder(arguments), source.identity
-        store = output.with_name(f"{output.name}.calibration")
-        if arguments.encoder == model_run.CALIBRATED:
-            assert model
-            with _progress(None, "layers") as progress:
-                encode, outcome = model.calibrated(target, plan, store, progress)
-            identity = [*identity, model.text_digest]
-            print(outcome.text(), file=sys.stderr)
-        with _progress(plan.weights, "weights") as progress:
-            report = convert(
-                target,
-                plan,
-                output,
-                encoder=arguments.encoder,
-                encode=encode,
-                source_identity=identity,
-                max_shard_bytes=arguments.max_shard_size,
-                threads=_cores(),
-                progress=progress,
-            )
-        if arguments.encoder == model_run.CALIBRATED:
-            shutil.rmtree(store)
+        report = _write(arguments, source, target, plan, model, output)
     _print(arguments, describe.report_document(report), describe.report_text(report))
     return 0
+
+
+def _write(
+    arguments: argparse.Namespace,
+    source: Source,
+    target: Target,
+    plan: Plan,
+    model: model_run.SourceModel | None,
+    output: Path,
+) -> Report:
+    """Quantize as planned; `model` is there where the encoder is calibrated."""
+    encode, identity = model_run.device_encoder(arguments), source.identity
+    store = output.with_name(f"{output.name}.calibration")
+    if arguments.encoder == model_run.CALIBRATED:
+        assert model
+        with _progress(None, "layers") as progress:
+            encode, outcome = model.calibrated(target, plan, store, progress)
+        identity = [*identity, model.text_digest]
+        print(outcome.text(), file=sys.stderr)
+    with _progress(plan.weights, "weights") as progress:
+        report = convert(
+            target,
+            plan,
+            output,
+            encoder=arguments.encoder,
+            encode=encode,
+            source_identity=identity,
+            max_shard_bytes=arguments.max_shard_size,
+            threads=_cores(),
+            progress=progress,
+        )
+    if arguments.encoder == model_run.CALIBRATED:
+        shutil.rmtree(store)
+    return report
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
