@@ -48,8 +48,8 @@ def rotate(x: mx.array, block_size: int) -> mx.array:
     return _launch(
         "rotate",
         {"x": x},
-        {"T": x.dtype, "BLOCK": block_size, "ROWS": rows, "K": columns},
-        grid=_block_grid(rows * blocks),
+        {"T": x.dtype, "BLOCK": block_size, "K": columns},
+        grid=_block_grid(rows, blocks),
         threads=32 * _BLOCK_WARPS,
         shape=(rows, blocks * block_size),
     )
@@ -132,15 +132,16 @@ def embedding(
     return _launch(
         "embedding",
         {"ids": ids.astype(mx.uint32), "codes": codes, "norms": norms, "table": table},
-        {"T": dtype, "BITS": bits, "BLOCK": block_size, "ROWS": ids.size, "K": columns},
-        grid=_block_grid(ids.size * blocks),
+        {"T": dtype, "BITS": bits, "BLOCK": block_size, "K": columns},
+        grid=_block_grid(ids.size, blocks),
         threads=32 * _BLOCK_WARPS,
         shape=(ids.size, columns),
     )
 
 
-def _block_grid(blocks: int) -> tuple[int, int, int]:
-    return (-(-blocks // _BLOCK_WARPS) * _BLOCK_WARPS * 32, 1, 1)
+def _block_grid(rows: int, blocks: int) -> tuple[int, int, int]:
+    """Threads for one warp a block, in whole thread blocks for every row."""
+    return (rows * _BLOCK_WARPS * 32, -(-blocks // _BLOCK_WARPS), 1)
 
 
 def _launch(
