@@ -56,19 +56,19 @@ def main(argv: list[str]) -> int:
         print(render(arguments.render))
         return 0
     bench = Bench(arguments.data, arguments.device, arguments.windows)
-    print(json.dumps(_circumstances(argv, bench)), flush=True)
+    print(json.dumps(circumstances("quality", argv, bench)), flush=True)
     for table in arguments.table:
         for name, model_bits in TABLES[table](bench, arguments.only or ""):
             print(json.dumps({"table": table, "name": name, **bench.evaluate(model_bits)}), flush=True)
     return 0
 
 
-def _circumstances(argv: list[str], bench: Bench) -> dict:
+def circumstances(module: str, argv: list[str], bench: Bench) -> dict:
     """What a result file must say of its making."""
     import transformers
 
     return {
-        "command": "python -m benchmarks.quality " + " ".join(argv),
+        "command": f"python -m benchmarks.{module} " + " ".join(argv),
         "device": torch.cuda.get_device_name() if bench.device == "cuda" else platform.processor() or "CPU",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -92,8 +92,9 @@ class Bench:
             if parameter.ndim == 2 and ".layers." in name
         }
         with torch.no_grad():  # logits of the source, computed once: 100 MB a window
-            run = self._logits
-            self.source = {window.tobytes(): run(window) for windows in self.texts.values() for window in windows}
+            self.source = {
+                window.tobytes(): self.logits(window) for windows in self.texts.values() for window in windows
+            }
         self.originals = {name: weight.clone() for name, weight in self.linears.items()}
         self.first_rows = {int(self.digest(weight)): name for name, weight in self.linears.items()}
 
@@ -153,12 +154,13 @@ class Bench:
         found: dict = {"bits": bits_per_weight, "weight_error": (squared / total) ** 0.5}
         with torch.no_grad():
             for text, windows in self.texts.items():
-                result = compare(lambda window: self.source[window.tobytes()], self._logits, windows)
+                result = compare(lambda window: self.source[window.tobytes()], self.logits, windows)
                 found[text] = _figures(result)
         found["seconds"] = time.monotonic() - started
         return found
 
-    def _logits(self, window: np.ndarray) -> torch.Tensor:
+    def logits(self, window: np.ndarray) -> torch.Tensor:
+        """Of the model as it stands, for a window of tokens."""
         tokens = torch.from_numpy(window)[None].to(self.device)
         return self.model(input_ids=tokens, use_cache=False).logits[0]
 
