@@ -138,13 +138,13 @@ class Bench:
                 self.model, self.calibration, lambda d: by_row.get(int(d[0])), store, device=self.device
             )
             print(outcome.text(), file=sys.stderr)
-            encoder = store.encoder()
+            encoder = store.encoder()  # reads from the directory
 
-        def decode(name: str, weight: torch.Tensor) -> peers.Decoded:
-            spec = specs[name]
-            return decoded(encoder(weight.cpu().numpy(), spec), spec, weight.device), spec.bits_per_weight
+            def decode(name: str, weight: torch.Tensor) -> peers.Decoded:
+                spec = specs[name]
+                return decoded(encoder(weight.cpu().numpy(), spec), spec, weight.device), spec.bits_per_weight
 
-        return self.apply(decode)
+            return self.apply(decode)
 
     def evaluate(self, bits_per_weight: float) -> dict:
         """Figures of the model as it stands, on every text."""
