@@ -7,7 +7,10 @@ visited. So the moments of a few matrices and one set of hidden states are in me
 
 A second stream of hidden states passes through the unquantized layers. The target of a matrix is what it gives in the
 *unquantized* model, W X, approximated from the inputs X' of the quantized one: W X X'^T (X' X'^T)^-1 undoes part of the
-error that earlier layers made (GPTAQ, Li et al., arXiv 2504.02692).
+error that earlier layers made (GPTAQ, Li et al., arXiv 2504.02692). A matrix that adds its output to the stream of
+hidden states aims further: at the stream of the unquantized model, so at what all matrices before it got wrong.
+
+Tokens count by how much the model's predictions depend on them (token_weights.py).
 
 The output head comes first, since a tied one is also the embedding whose output all layers see; it is rounded against
 what it reads in the unquantized model.
@@ -26,8 +29,10 @@ import numpy as np
 from convert import feedback, search_torch
 from convert.code_store import CodeStore, row_digests
 from convert.format import ModuleSpec
+from convert.moments import Moments, gather
 from convert.plan import TIED_POWER, column_power
 from convert.reference import Encoded
+from convert.token_weights import LayerWeights, gradient_squares, token_weights
 
 if TYPE_CHECKING:
     import torch
@@ -59,40 +64,6 @@ class Outcome:
         return "\n".join([*lines, *(f"  {each}" for each in self.fallbacks)])
 
 
-@dataclass
-class Moments:
-    """Second moments of the inputs that one or several matrices share, as sums over tokens."""
-
-    tokens: int = 0
-    quantized: torch.Tensor | float = 0.0  # X' X'^T [K, K]
-    cross: torch.Tensor | float = 0.0  # X X'^T [K, K]
-
-    def add(self, inputs: torch.Tensor, exact: torch.Tensor | None) -> None:
-        """Inputs X' of the quantized model, float32 [tokens, K], and X of the unquantized one, if tokens agree."""
-        self.tokens += len(inputs)
-        own = inputs.T @ inputs
-        self.quantized = self.quantized + own
-        self.cross = self.cross + (own if exact is None else exact.T @ inputs)
-
-    def with_identity(self, share: float) -> Moments:
-        """The same and as many inputs that are unrelated and alike, `share` times as large."""
-        import torch
-
-        assert isinstance(self.quantized, torch.Tensor) and isinstance(self.cross, torch.Tensor)
-        level = share * torch.diagonal(self.quantized).mean() * torch.eye(len(self.cross), device=self.cross.device)
-        return Moments(self.tokens, self.quantized + level, self.cross + level)
-
-    def rotated(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Both moments per token in the rotated basis, float32 [Kp, Kp]."""
-        import torch
-
-        quantized, cross = (
-            feedback.rotate_both(torch.as_tensor(total / self.tokens), block_size)
-            for total in (self.quantized, self.cross)
-        )
-        return quantized, cross
-
-
 def calibrate(
     model: Any,
     windows: np.ndarray,
@@ -119,6 +90,9 @@ def calibrate(
         calls = record_calls(model, layers, batches[0])
         exact = [state.to(device) for state in enter(model, layers, batches)]
         round_head(model, batches, held_out, spec_of, store, outcome)
+        squares: list[LayerWeights] = [{} for _ in layers]
+        if not all(store.has(_layer_name(index)) for index in range(len(layers))):
+            squares = gradient_squares(model, layers, torch.cat(batches))
         embedding = model.get_input_embeddings().weight
         original = embedding.detach().clone()
         _quantize_embedding(embedding, spec_of, store)
@@ -126,20 +100,28 @@ def calibrate(
         embedding.copy_(original)
         for index, layer in enumerate(layers):
             run = LayerRun(layer, calls[index], device)
-            name = f"layer-{index:05}"
+            name = _layer_name(index)
             if store.has(name):
                 _decode_stored(run, spec_of, store)
             else:
                 results = []
                 stages = run.stages(hidden[0])
-                for stage in stages:
-                    results += _round_stage(run, stage, hidden, exact, held_out, spec_of, f"{name}.", outcome)
+                streams = list(zip(hidden, exact, strict=True))
+                for number, stage in enumerate(stages):
+                    later = [each for following in stages[number + 1 :] for group in following for each in group]
+                    results += _round_stage(
+                        run, stage, later, streams, held_out, squares[index], spec_of, f"{name}.", outcome
+                    )
                 results += _search_the_rest(run, stages, spec_of, f"{name}.", outcome)
                 store.save(name, results)
             exact = [run.run(state, exact=True) for state in exact]
             hidden = [run.run(state) for state in hidden]
             progress(1)
     return outcome
+
+
+def _layer_name(index: int) -> str:
+    return f"layer-{index:05}"
 
 
 def split_windows(windows: torch.Tensor) -> tuple[list[torch.Tensor], list[bool]]:
@@ -177,7 +159,7 @@ def round_head(
         return
     fit, judge = Moments(), Moments()
     for batch, judging in zip(batches, held_out, strict=True):
-        (judge if judging else fit).add(head_inputs(model, head, batch), None)
+        (judge if judging else fit).add(head_inputs(model, head, batch))
     power = 0.0
     if head.weight is model.get_input_embeddings().weight:
         fit, judge = fit.with_identity(EMBEDDING_SHARE), judge.with_identity(EMBEDDING_SHARE)
@@ -224,9 +206,10 @@ def _search_the_rest(
 def _round_stage(
     run: LayerRun,
     stage: Sequence[Sequence[str]],
-    hidden: Sequence[torch.Tensor],
-    exact: Sequence[torch.Tensor],
+    later: Sequence[str],
+    streams: Sequence[tuple[torch.Tensor, torch.Tensor]],
     held_out: Sequence[bool],
+    squares: LayerWeights,
     spec_of: SpecOf,
     prefix: str,
     outcome: Outcome,
@@ -238,7 +221,9 @@ def _round_stage(
     groups = [group for group in groups if group]
     if not groups:
         return []
-    fit, judge = _gather(run, [group[0] for group in groups], hidden, exact, held_out)
+    counts = token_weights(squares, groups[0]) if len(groups) == 1 else None
+    by_batch = None if counts is None else counts.split([len(state) for state, _ in streams])
+    fit, judge = gather(run, [group[0] for group in groups], later, streams, held_out, by_batch)
     results: list[Result] = []
     for group in groups:
         for names in _by_spec(group, specs):
@@ -277,25 +262,6 @@ def _by_spec(names: Sequence[str], specs: dict[str, ModuleSpec | None]) -> list[
     return list(found.values())
 
 
-def _gather(
-    run: LayerRun,
-    names: Sequence[str],
-    hidden: Sequence[torch.Tensor],
-    exact: Sequence[torch.Tensor],
-    held_out: Sequence[bool],
-) -> tuple[dict[str, Moments], dict[str, Moments]]:
-    """Moments for fitting and for judging, of the inputs of every name that some token reaches."""
-    fit: dict[str, Moments] = {}
-    judge: dict[str, Moments] = {}
-    shared = len(names) == 1  # experts see other tokens when the router decides otherwise: no common tokens
-    for state, exact_state, judging in zip(hidden, exact, held_out, strict=True):
-        seen = run.inputs(state, names)
-        seen_exact = run.inputs(exact_state, names, exact=True) if shared else {}
-        for name, inputs in seen.items():
-            (judge if judging else fit).setdefault(name, Moments()).add(inputs, seen_exact.get(name))
-    return fit, judge
-
-
 def _round(
     originals: Sequence[torch.Tensor],
     powers: Sequence[float],
@@ -311,18 +277,18 @@ def _round(
         tokens = fit.tokens if fit else 0
         return [(each, f"{tokens} calibration tokens for {spec.in_features} inputs") for each in searched]
     weight = feedback.rotate_rows(torch.cat(list(originals)), spec.block_size)
-    hessian, cross = fit.rotated(spec.block_size)
+    hessian, wanted = fit.rotated(weight, spec.block_size)
     try:
-        target = feedback.compensated(weight, hessian, cross)
+        target = feedback.compensated(weight, hessian, wanted)
         norms = search_torch.best_norms(weight.reshape(-1, spec.block_size), spec.bits).reshape(len(weight), -1)
         state = feedback.round_with_feedback(target, hessian, norms, spec, ROUNDS)
     except feedback.SingularHessianError as error:
         return [(each, str(error)) for each in searched]
     baseline = torch.cat([_rounding(each, spec, weight.device).values() for each in searched])
-    judges = judge.rotated(spec.block_size)
+    judges = judge.rotated(weight, spec.block_size)
     sizes = [len(original) for original in originals]
     ours, theirs = (
-        [float(rows.sum()) for rows in feedback.row_errors(values, weight, *judges).split(sizes)]
+        [float(rows.sum()) for rows in feedback.row_errors(values, *judges).split(sizes)]
         for values in (state.values(), baseline)
     )
     codes = state.codes.to("cpu", torch.uint8).split(sizes)

@@ -90,19 +90,22 @@ def rotate_both(moment: torch.Tensor, block_size: int) -> torch.Tensor:
     return rotate_rows(rotate_rows(moment, block_size).T, block_size).T
 
 
-def row_errors(values: torch.Tensor, weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """Squared output error |W X - Q X'|^2 of every row, less the part |W X|^2 that Q has no share in: [N]."""
-    return ((values @ hessian - 2 * weight @ cross) * values).sum(dim=1)
+def row_errors(values: torch.Tensor, hessian: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """Squared output error |Y - Q X'|^2 of every row, less the part |Y|^2 that Q has no share in: [N].
+
+    hessian: X' X'^T; wanted: Y X'^T, of the outputs that Q should give.
+    """
+    return ((values @ hessian - 2 * wanted) * values).sum(dim=1)
 
 
-def compensated(weight: torch.Tensor, hessian: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """An unrounded weight that turns the quantized model's inputs X' into outputs closer to W X: [N, Kp].
+def compensated(weight: torch.Tensor, hessian: torch.Tensor, wanted: torch.Tensor) -> torch.Tensor:
+    """An unrounded weight that turns the quantized model's inputs X' into outputs closer to Y than W X' is: [N, Kp].
 
-    hessian: X' X'^T; cross: X X'^T. W + COMPENSATION W (X - X') X'^T (X' X'^T + damping)^-1.
+    hessian: X' X'^T; wanted: Y X'^T. W + COMPENSATION (Y - W X') X'^T (X' X'^T + damping)^-1.
     """
     import torch
 
-    return weight + COMPENSATION * torch.linalg.solve(damped(hessian), (weight @ (cross - hessian)).T).T
+    return weight + COMPENSATION * torch.linalg.solve(damped(hessian), (wanted - weight @ hessian).T).T
 
 
 def round_with_feedback(

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from convert.errors import ConvertError
 
@@ -19,25 +19,45 @@ if TYPE_CHECKING:
     import torch
     from torch import nn
 
+ADDED_TOLERANCE = 1e-2  # of what a matrix adds: float32 keeps it beside hidden states a hundred thousand times as large
 _EXPERT = re.compile(r"(?<=\.)experts\.\d+\.|\[\d+\]$")
+
+
+Name = TypeVar("Name")  # of a matrix; whatever tells it from the others
 
 
 class _Stop(Exception):
     """Everything wanted was seen; the rest of the layer need not run."""
 
 
-def _watch(names: Mapping[int, str], see: Callable[[str, torch.Tensor], None]) -> AbstractContextManager:
-    """Calls `see(name, input)` at every `linear` whose weight has a known address."""
+def watch(
+    names: Mapping[int, Name],
+    see: Callable[[Name, torch.Tensor], None] = lambda name, inputs: None,
+    *,
+    silent: Collection[Name] = (),
+    see_output: Callable[[Name, torch.Tensor], None] = lambda name, output: None,
+) -> AbstractContextManager:
+    """Calls `see(name, input)` before and `see_output(name, output)` after every `linear` with a known weight.
+
+    names: address of a weight -> its name. Matrices that are `silent` give zeros, or their bias.
+    """
     from torch.nn.functional import linear
     from torch.overrides import TorchFunctionMode
 
     class Watch(TorchFunctionMode):
         def __torch_function__(self, func, types, args=(), kwargs=None):
             if func is linear:
-                inputs, weight = (*args, *(kwargs or {}).values())[:2]
+                inputs, weight, *bias = (*args, *(kwargs or {}).values())
                 name = names.get(weight.data_ptr())
                 if name is not None:
                     see(name, inputs)
+                    if name in silent:
+                        output = inputs.new_zeros(*inputs.shape[:-1], len(weight))
+                        output = output if bias in ([], [None]) else output + bias[0]
+                    else:
+                        output = func(inputs, weight, *bias)
+                    see_output(name, output)
+                    return output
             return func(*args, **(kwargs or {}))
 
     return Watch()
@@ -141,13 +161,26 @@ class LayerRun:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """Every matrix that `linear` may be called with: parameters of two axes, and each expert of three."""
-        return _matrices(self._layer)
+        return matrices(self._layer)
 
-    def run(self, hidden: torch.Tensor, *, exact: bool = False) -> torch.Tensor:
-        """The output of the layer as it is now, or of the untouched copy."""
+    def run(self, hidden: torch.Tensor, *, exact: bool = False, silent: Collection[str] = ()) -> torch.Tensor:
+        """The output of the layer as it is now, or of the untouched copy; matrices that are `silent` add nothing."""
         layer = self._exact if exact else self._layer
-        output = layer(hidden, *self._call.args, **self._call.kwargs)
+        with watch(_addresses(layer), silent=silent) if silent else nullcontext():
+            output = layer(hidden, *self._call.args, **self._call.kwargs)
         return output[0] if isinstance(output, tuple) else output
+
+    def writes(self, name: str, later: Sequence[str], hidden: torch.Tensor) -> bool:
+        """True if what the matrix gives is added to the hidden states as it is; `later` are all that are used after it.
+
+        With those silent, the layer's output is then the stream of hidden states right after the matrix.
+        """
+        import torch
+
+        added = torch.nn.functional.linear(self.inputs(hidden, [name])[name], self.weights()[name])
+        change = self.run(hidden, silent=later) - self.run(hidden, silent=[name, *later])
+        change = change.reshape(-1, change.shape[-1])
+        return change.shape == added.shape and bool((change - added).norm() < ADDED_TOLERANCE * added.norm())
 
     def inputs(self, hidden: torch.Tensor, wanted: Sequence[str], *, exact: bool = False) -> dict[str, torch.Tensor]:
         """What the matrices `wanted` multiply, [tokens, K] each; a matrix that is not reached is absent."""
@@ -158,9 +191,9 @@ class LayerRun:
             if len(seen) == len(wanted):
                 raise _Stop
 
-        weights = _matrices(self._exact if exact else self._layer)
+        weights = matrices(self._exact if exact else self._layer)
         try:
-            with _watch({weights[name].data_ptr(): name for name in wanted}, see):
+            with watch({weights[name].data_ptr(): name for name in wanted}, see):
                 self.run(hidden, exact=exact)
         except _Stop:
             pass
@@ -179,7 +212,7 @@ class LayerRun:
             order.append((name, inputs.data_ptr()))
 
         names = self.weights()
-        with _watch({weight.data_ptr(): name for name, weight in names.items()}, see):
+        with watch(_addresses(self._layer), see):
             self.run(hidden)
         kinds: dict[str, list[str]] = {}
         for name in names:
@@ -199,7 +232,8 @@ class LayerRun:
         return list(stages.values())
 
 
-def _matrices(layer: nn.Module) -> dict[str, torch.Tensor]:
+def matrices(layer: nn.Module) -> dict[str, torch.Tensor]:
+    """Every matrix that `linear` may be called with: parameters of two axes, and each expert of three."""
     found: dict[str, torch.Tensor] = {}
     for name, parameter in layer.named_parameters():
         if parameter.ndim == 2:
@@ -207,6 +241,10 @@ def _matrices(layer: nn.Module) -> dict[str, torch.Tensor]:
         elif parameter.ndim == 3:
             found.update({f"{name}[{index}]": expert for index, expert in enumerate(parameter.data)})
     return found
+
+
+def _addresses(layer: nn.Module) -> dict[int, str]:
+    return {weight.data_ptr(): name for name, weight in matrices(layer).items()}
 
 
 def _move(value: Any, device: str) -> Any:

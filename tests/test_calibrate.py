@@ -77,8 +77,8 @@ def test_row_errors_are_the_errors_of_the_outputs():
     weight, inputs, _ = problem(tokens=300)
     other = inputs + 0.1 * torch.randn(inputs.shape, generator=torch.Generator().manual_seed(1))
     values = weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(2))
-    found = feedback.row_errors(values, weight, other.T @ other, inputs.T @ other)
     outputs = inputs @ weight.T
+    found = feedback.row_errors(values, other.T @ other, outputs.T @ other)
     expected = (outputs - other @ values.T).square().sum(0) - outputs.square().sum(0)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-2)  # float32 sums of 300 x 256 products
 
@@ -87,7 +87,7 @@ def test_compensation_undoes_a_linear_change_of_the_inputs():
     weight, inputs, _ = problem()
     change = torch.eye(256) + 0.05 * torch.randn(256, 256, generator=torch.Generator().manual_seed(3))
     changed = inputs @ change
-    target = feedback.compensated(weight, changed.T @ changed / 2000, inputs.T @ changed / 2000)
+    target = feedback.compensated(weight, changed.T @ changed / 2000, weight @ inputs.T @ changed / 2000)
     before, after = ((inputs @ weight.T - changed @ each.T).square().mean() for each in (weight, target))
     assert after < (1 - feedback.COMPENSATION) ** 2 * 1.1 * before  # what is left shrinks in proportion
 
