@@ -193,4 +193,6 @@ def load_transformers(directory: Path, dtype: Any) -> Any:
         if name not in state and not name.endswith((".weight_codes", ".weight_norms")):
             state[name] = torch.from_numpy(checkpoint.tensor(name).astype(np.float32)).to(dtype)
     model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if model_class.config_class is not type(config):  # the text model of one that also sees
+        config = config.get_text_config()
     return model_class.from_pretrained(None, config=config, state_dict=state, dtype=dtype).eval()

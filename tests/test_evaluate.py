@@ -156,3 +156,16 @@ def test_directory_of_another_model_is_refused():
 def test_tokenizer_of_another_model_is_refused():
     with pytest.raises(ConvertError, match="belongs to another model"):
         token_windows(tiny_tokenizer(), "abc" * 100, 16, 50, "--text x")
+
+
+def test_text_model_of_one_that_also_sees(tmp_path: Path, capsys: pytest.CaptureFixture):
+    """Its config nests that of the text model, its tensors have longer names."""
+    tiny_model("qwen3_5", tmp_path / "source", dtype="float32")
+    (tmp_path / "text.txt").write_text(TEXT, encoding="utf-8")
+    arguments = ["--model", str(tmp_path / "source"), "--target", "cuda"]
+    found = []
+    for bits in (4, 8):
+        assert main([*arguments, "--output", str(tmp_path / f"q{bits}"), "--bits", str(bits)]) == 0
+        assert evaluate(tmp_path, f"q{bits}", options=("--max-tokens", "512", "--json", "--device", "cpu")) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1])["kl"])
+    assert 0 < found[1] < 0.1 * found[0]
