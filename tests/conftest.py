@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 import pytest
 
@@ -19,3 +20,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for item in items:
             if isinstance(item, pytest.Function) and hasattr(item.module, "DEVICE"):
                 item.add_marker(pytest.mark.gpu)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`convert` gives torch every core; two test processes that do are ten times slower than with one thread each."""
+    if "torch" in sys.modules:
+        monkeypatch.setattr(sys.modules["torch"], "set_num_threads", lambda count: None)
