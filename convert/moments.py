@@ -78,7 +78,7 @@ def gather(
 
     later: matrices of the layer that are used after these. states: hidden states in front of the layer of the
     quantized and of the unquantized model, a pair for every batch. weights: of the tokens [windows, length], for every
-    batch; None where all count alike.
+    batch; None where all count alike, as for experts.
     """
     fit: dict[str, Moments] = {}
     judge: dict[str, Moments] = {}
@@ -91,7 +91,7 @@ def gather(
         if writes:
             drift = run.run(exact_state, exact=True, silent=later) - run.run(state, silent=later)
             drift = drift.reshape(-1, drift.shape[-1])
-        token_weights = None if weights is None or not alone else weights[index].flatten().to(state.device)
+        token_weights = None if weights is None else weights[index].flatten().to(state.device)
         for name, inputs in seen.items():
             moments = (judge if judging else fit).setdefault(name, Moments())
             moments.add(inputs, seen_exact.get(name), drift=drift, weights=token_weights)

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from convert.layer_walk import matrices, watch
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
@@ -30,8 +32,6 @@ def gradient_squares(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -
     """
     import torch
 
-    from convert.layer_walk import matrices, watch
-
     names = {
         weight.data_ptr(): (index, name)
         for index, layer in enumerate(layers)
@@ -46,8 +46,9 @@ def gradient_squares(model: Any, layers: nn.ModuleList, windows: torch.Tensor) -
         def see_output(place: tuple[int, str], output: torch.Tensor, number: int = number) -> None:
             index, name = place
             if output.requires_grad and output.numel() == windows.shape[1] * output.shape[-1]:
-                rows = found[index].setdefault(name, torch.zeros(windows.shape))
-                output.register_hook(partial(_keep_squares, rows[number]))
+                if name not in found[index]:
+                    found[index][name] = torch.zeros(windows.shape)
+                output.register_hook(partial(_keep_squares, found[index][name][number]))
 
         with torch.enable_grad(), watch(names, see_output=see_output):
             logits = model(input_ids=window[None], use_cache=False).logits[0].float()

@@ -1,4 +1,4 @@
-// out = x times H_B, block by block (docs/format.md, steps 1 and 2): x T [ROWS, K] -> out T [ROWS, Kp].
+// out = x times H_B, block by block (docs/format.md, steps 1 and 2): x T [rows, K] -> out T [rows, Kp].
 // One warp a block, B / 32 neighboring values a lane; float32 inside. The twin of hlwq_mlx/metal/rotate.metal.
 // blockIdx.x is the row: were the number of rows, a prompt's length, in the text, every new length would be compiled.
 #pragma once
