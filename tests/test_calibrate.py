@@ -245,6 +245,7 @@ def test_auto_recipe_beats_uniform_at_equal_size(texts: dict[str, Path], tmp_pat
 def test_impossible_target_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch, capsys):
     source = tiny_model("llama", tmp_path / "source", dtype="float32")
     monkeypatch.setattr(model_run.SourceModel, "load", lambda *_: pytest.fail("loaded"))
+    capsys.readouterr()  # a progress bar of transformers, where no test before has switched it off
     assert run(source, tmp_path / "out", "--recipe", "auto", "--target-size", "1kB") == 1
     error = capsys.readouterr().err
     assert "cannot be met: 2 bits everywhere take" in error and error.count("\n") == 1
