@@ -38,7 +38,7 @@ from hlwq_mlx.steps import compile_steps
 SHAPES = ((4096, 4096), (6144, 4096), (24576, 4096), (4096, 12288))  # N, K
 COLD_BYTES = 256e6  # more than the L2 cache holds
 REPEATS = 7
-PARTS = ("products", "prefill", "rows", "dense", "hybrid", "sweep")
+PARTS = ("products", "prefill", "rows", "dense", "hybrid")
 
 QWEN3_8B = qwen3.ModelArgs(
     model_type="qwen3",
@@ -172,25 +172,6 @@ def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, 
     return times
 
 
-def sweep() -> dict[str, dict[str, float]]:
-    """GPU microseconds of the product of one row by tiles of a thread block."""
-    saved = cuda._shape
-    table = {}
-    for outputs, columns in SHAPES:
-        codes = [random_codes(outputs, columns, 4) for _ in range(int(COLD_BYTES / outputs / columns * 2) + 1)]
-        norms = mx.full((outputs, columns // 128), columns**-0.5, mx.float16)
-        x = mx.random.normal((1, columns)).astype(mx.float16)
-        mx.eval(codes, norms, x)
-        chosen = cuda.decoder(codebook(4), 128)
-        row = table[f"{outputs}x{columns}"] = {}
-        for tiles in (1, 2, 3):
-            cuda._shape = lambda *_, tiles=tiles: (8, tiles)
-            step = chain(lambda v, i, c=codes, n=norms, d=chosen: cuda.product(v, c[i % len(c)], n, d), x, 24, columns)
-            row[str(tiles)] = gpu_microseconds(step, 24)
-    cuda._shape = saved
-    return table
-
-
 def launch_costs() -> dict[str, float]:
     """Microseconds of one launch in a chain of 200 that do next to nothing."""
     x = mx.random.normal((1, 4096)).astype(mx.float16)
@@ -291,7 +272,7 @@ def main() -> None:
         "--only",
         nargs="+",
         choices=PARTS,
-        default=("products", "prefill", "rows", "dense", "hybrid"),
+        default=PARTS,
         help="parts to run",
     )
     parser.add_argument("--prompt", type=int, default=512, help="prompt tokens of the dense model")
@@ -326,8 +307,6 @@ def main() -> None:
     if "hybrid" in args.only:
         for kind in ("hlwq", "affine", "bf16"):
             record(f"Qwen3.5-9B {kind}", time_model(lambda: qwen3_5.Model(QWEN35_9B), kind, args.hybrid_prompt, 128))
-    if "sweep" in args.only:
-        record("gpu us by tiles", sweep())
 
 
 if __name__ == "__main__":

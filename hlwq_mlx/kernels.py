@@ -85,6 +85,20 @@ class Kernels:
             few = self._few[edges] = mx.compile(lambda *arrays: _split(self._multiply(*arrays), edges))
         return few(x, codes, norms)
 
+    def fuses(self, dtype: mx.Dtype) -> bool:
+        """Whether a product of one row can take the norm before it and the sum after it along."""
+        return hasattr(backend(), "fuses") and backend().fuses(self._decoder(), dtype)
+
+    def normed_product(
+        self, x: mx.array, scale: mx.array, eps: float, codes: mx.array, norms: mx.array, **more
+    ) -> list[mx.array]:
+        """`product` of rms_norm(x) * scale, one row, where `fuses`, within what is compiled already."""
+        return backend().normed_product(x, scale, eps, codes, norms, self._decoder(), **more)
+
+    def product_plus(self, x: mx.array, codes: mx.array, norms: mx.array, residual: mx.array) -> mx.array:
+        """x W^T + residual, one row, where `fuses`, within what is compiled already."""
+        return backend().product(x, codes, norms, self._decoder(), residual)
+
     def gather_product(
         self,
         x: mx.array,  # float [..., M, K]; the leading axes broadcast with those of indices

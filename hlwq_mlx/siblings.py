@@ -62,6 +62,10 @@ class Siblings:
         self._inputs, self._waiting = (x, *indices), dict(enumerate(results))
         return self._waiting.pop(index)
 
+    def normed_product(self, x: mx.array, scale: mx.array, eps: float, **more) -> list[mx.array]:
+        """The products of all, uncut, with rms_norm(x) * scale; more: see hlwq_mlx.cuda. After `combine`."""
+        return self.layers[0]._kernels.normed_product(x, scale, eps, self._codes, self._norms, **more)
+
     def combine(self) -> bool:
         """Concatenate the rows once; the layers keep views of the result, so no weight is stored twice.
 

@@ -9,68 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
 import pytest
 
-from convert import packing, reference
+from convert import reference
 from convert.codebook import codebook
 from convert.format import BLOCK_SIZES, SUPPORTED_BITS, ModuleSpec
-from hlwq_mlx import cuda, kernels, ops
-from hlwq_mlx.layers import HLWQLinear
-from hlwq_mlx.siblings import link
-from hlwq_mlx.steps import compile_steps
+from hlwq_mlx import cuda
 from tests import cuda_cpu
 from tests.metal_cpu import EmulationError, require
-
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")]
-
-DTYPES = (mx.float16, mx.bfloat16, mx.float32)
-ROUNDING = {mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8, mx.float32: 2.0**-24}
-FLOAT32 = 2.0**-24
+from tests.mlx_cuda_cases import DEVICES, DTYPES, FLOAT32, ROUNDING, Packed, assert_product, float64, normal, on_device
 
 
-@pytest.fixture(params=[pytest.param("emulated", marks=require.emulator), pytest.param("gpu", marks=on_gpu)])
+@pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> Iterator[str]:
     """Where kernels run inside the test."""
-    if request.param == "gpu":
-        yield request.param
-        return
-    cuda._kernel.cache_clear()
-    with cuda_cpu.emulated():
-        yield request.param
-    cuda._kernel.cache_clear()
-
-
-def float64(x: mx.array) -> np.ndarray:
-    return np.array(x.astype(mx.float32)).astype(np.float64)
-
-
-def normal(*shape: int, dtype: mx.Dtype, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape).astype(np.float32)).astype(dtype)
-
-
-class Packed:
-    """A random quantized matrix: what kernels take, and what it stands for in float64."""
-
-    def __init__(self, spec: ModuleSpec, *rows: int) -> None:
-        random = np.random.default_rng(0)
-        codes = random.integers(0, 2**spec.bits, (*rows, spec.padded_in_features)).astype(np.uint8)
-        norms = random.uniform(0.5, 2, (*rows, spec.blocks)).astype(np.float16)
-        norms.flat[-1] = 0  # a block of zeros
-        self.encoded = reference.Encoded(codes, norms)
-        self.rotated = reference.decode_rotated(self.encoded, spec, codebook(spec.bits))
-        self.codes, self.norms = mx.array(packing.pack(codes, spec.bits)), mx.array(self.encoded.norms)
-        self.decoder = cuda.decoder(codebook(spec.bits), spec.block_size)
-
-
-def assert_product(y: mx.array, x: mx.array, weight: np.ndarray, block_size: int) -> None:
-    """y = x W^T, `weight` in the rotated basis."""
-    rotated = reference.rotate(float64(x), block_size)
-    exact, magnitude = rotated @ weight.T, np.abs(rotated) @ np.abs(weight).T
-    # the order of a float32 sum and of the rotation; two roundings to the dtype of x a product, one of the result
-    bound = (FLOAT32 * (weight.shape[-1] + 16) + 2 * ROUNDING[x.dtype]) * magnitude + ROUNDING[x.dtype] * np.abs(exact)
-    assert (np.abs(float64(y) - exact) <= bound).all()
+    yield from on_device(request.param)
 
 
 @pytest.mark.parametrize("block_size,dtype", list(zip(BLOCK_SIZES, DTYPES, strict=True)), ids=str)
@@ -107,11 +61,11 @@ def test_product(bits: int, block_size: int, outputs: int, columns: int, rows: i
     assert_product(y, x, packed.rotated, block_size)
 
 
-@pytest.mark.parametrize("tiles", [1, 3])
-def test_other_tiles_a_thread_block(tiles: int, device: str, monkeypatch: pytest.MonkeyPatch):
-    """As many as the benchmark tries, with rows that end inside the last one."""
-    monkeypatch.setattr(cuda, "_shape", lambda *_: (2, tiles))
-    packed, x = Packed(ModuleSpec(4, 128, 2560), 53), normal(1, 2560, dtype=mx.bfloat16)
+@pytest.mark.parametrize("multiprocessors", [1, 3, 9])
+def test_any_number_of_multiprocessors(multiprocessors: int, device: str, monkeypatch: pytest.MonkeyPatch):
+    """Many turns a thread block, rows that end inside the last one, fewer rows than thread blocks."""
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda: multiprocessors)
+    packed, x = Packed(ModuleSpec(4, 128, 2560), 101), normal(1, 2560, dtype=mx.bfloat16)
     assert_product(cuda.product(x, packed.codes, packed.norms, packed.decoder), x, packed.rotated, 128)
 
 
@@ -153,60 +107,38 @@ def test_dequantize_and_embedding(bits: int, device: str):
 
 
 FAULTS = [
-    ("the table is used before it is written", "      __syncthreads();\n    }", "    }", "UNINITIALIZED|RACE"),
-    ("x is used before it is rotated", "lane, rotated);\n      __syncwarp();", "lane, rotated);", "UNINITIALIZED|RACE"),
-    ("parts are summed before they are written", "  __syncthreads();\n  for", "  for", "UNINITIALIZED|RACE"),
+    (
+        "the table is used before it is written",
+        "  __syncthreads();\n  if (scale) {",
+        "  if (scale) {",
+        "UNINITIALIZED|RACE",
+    ),
+    ("x is used before it is rotated", "    __syncwarp();\n", "", "UNINITIALIZED|RACE"),
+    (
+        "parts are summed before they are written",
+        "__syncthreads();\n      buffer ^= 1;",
+        "buffer ^= 1;",
+        "UNINITIALIZED|RACE",
+    ),
+    ("parts are overwritten before they are summed", "buffer ^= 1;", "", "RACE"),
     ("rows beyond N are read", "min(row + 8 * i, last)", "(row + 8 * i)", "OUT OF BOUNDS"),
-    ("rows beyond N are written", "if (row < N) ", "", "OUT OF BOUNDS"),
+    ("rows beyond N are written", "if (row < outputs) y", "y", "OUT OF BOUNDS"),
 ]
 
 
 @require.emulator
 @pytest.mark.parametrize("what,old,new,finding", FAULTS, ids=[fault[0] for fault in FAULTS])
-def test_the_emulator_sees(what: str, old: str, new: str, finding: str):
+def test_the_emulator_sees(what: str, old: str, new: str, finding: str, monkeypatch: pytest.MonkeyPatch):
     changed = []
 
     def edit(text: str) -> str:
         changed.append(old in text)
         return text.replace(old, new)
 
-    packed, x = Packed(ModuleSpec(4, 128, 640), 20), normal(1, 640, dtype=mx.float16)
+    packed, x = Packed(ModuleSpec(4, 128, 640), 84), normal(1, 640, dtype=mx.float16)
     cuda._kernel.cache_clear()
+    monkeypatch.setattr(cuda, "_multiprocessors", lambda: 2)
     with cuda_cpu.emulated(edit=edit), pytest.raises(EmulationError, match=finding):
         cuda.product(x, packed.codes, packed.norms, packed.decoder)
     cuda._kernel.cache_clear()
     assert any(changed)
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")
-def test_layers_on_a_gpu():
-    """A feed-forward module as a model has it: siblings, a compiled step, a prompt, and a gradient."""
-
-    class FeedForward(nn.Module):
-        def __call__(self, x: mx.array) -> mx.array:
-            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
-
-    module, weights = FeedForward(), {}
-    for name, outputs, columns in (("gate_proj", 96, 256), ("up_proj", 96, 256), ("down_proj", 64, 96)):
-        spec = ModuleSpec(4, 32, columns)
-        packed = Packed(spec, outputs)
-        layer = HLWQLinear((outputs,), spec, codebook(4), mx.float16)
-        layer.weight_codes, layer.weight_norms = packed.codes, packed.norms
-        module[name], weights[name] = layer, reference.decode(packed.encoded, spec, codebook(4))
-    module.eval()
-    link([module])
-    compile_steps([module])
-    assert kernels.backend() is cuda and module.up_proj._path(mx.float16) is ops.Path.KERNELS
-    for rows in (1, 1, 8, 40):
-        x = normal(rows, 256, dtype=mx.float16, seed=rows) * 0.1
-        gate, up = float64(x) @ weights["gate_proj"].T, float64(x) @ weights["up_proj"].T
-        expected = (gate / (1 + np.exp(-gate)) * up) @ weights["down_proj"].T
-        # half: x, three products, their centroids and the activation
-        assert np.linalg.norm(float64(module(x)) - expected) <= 2e-3 * np.linalg.norm(expected)
-    layer, x = module.down_proj, normal(3, 96, dtype=mx.float16)
-    layer.train()
-    target = normal(3, 64, dtype=mx.float16, seed=8)
-    gradient = mx.grad(lambda x: (layer(x) * target).sum())(x)
-    expected = float64(target) @ weights["down_proj"]
-    assert np.linalg.norm(float64(gradient) - expected) <= 2e-3 * np.linalg.norm(expected)

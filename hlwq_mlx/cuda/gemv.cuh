@@ -7,24 +7,25 @@
 #pragma once
 #include "decode.cuh"
 
-template <typename T, int BITS, int BLOCK, int M, int N, int KP, int THREADS, int OUTPUTS>
+template <typename T, int BITS, int BLOCK, int M, int OUTPUTS>
 __device__ void hlwq_gemv(
     const T* x, const uint32_t* codes, const __half* norms, const float* table, const uint32_t* experts,
-    int pairs_a_row, T* y) {
-  constexpr int CODES = BITS == 8 ? 16 : 32, WORDS = CODES * BITS / 32, CHUNKS = KP / CODES, WARPS = THREADS / 32;
+    int pairs_a_row, int N, int KP, T* y) {
+  constexpr int CODES = BITS == 8 ? 16 : 32, WORDS = CODES * BITS / 32, MAX_WARPS = 4;
+  const int chunks = KP / CODES, warps = blockDim.x / 32;
   __shared__ float table_s[1 << BITS];
   hlwq_stage_table<BITS>(table, table_s);
   const int row0 = blockIdx.x * OUTPUTS;
   const size_t pair = blockIdx.z, matrix = experts ? size_t(experts[pair]) * N : 0;
   const T* xs = x + pair / pairs_a_row * KP;
   float sum[M][OUTPUTS] = {};
-  for (int chunk = threadIdx.x; chunk < CHUNKS; chunk += THREADS) {
+  for (int chunk = threadIdx.x; chunk < chunks; chunk += blockDim.x) {
     uint32_t words[OUTPUTS][WORDS];
     float norm[OUTPUTS], part[M][OUTPUTS] = {};
 #pragma unroll
     for (int r = 0; r < OUTPUTS; r++) {
       const size_t row = matrix + min(row0 + r, N - 1);
-      hlwq_load<WORDS>(codes + (row * CHUNKS + chunk) * WORDS, words[r]);
+      hlwq_load<WORDS>(codes + (row * chunks + chunk) * WORDS, words[r]);
       norm[r] = float(norms[row * (KP / BLOCK) + chunk * CODES / BLOCK]);
     }
 #pragma unroll
@@ -50,7 +51,7 @@ __device__ void hlwq_gemv(
       for (int r = 0; r < OUTPUTS; r++) sum[m][r] = fmaf(norm[r], part[m][r], sum[m][r]);
   }
 
-  __shared__ float parts_s[WARPS][M * OUTPUTS];
+  __shared__ float parts_s[MAX_WARPS][M * OUTPUTS];
 #pragma unroll
   for (int i = 0; i < M * OUTPUTS; i++) {
     float total = sum[i / OUTPUTS][i % OUTPUTS];
@@ -59,10 +60,9 @@ __device__ void hlwq_gemv(
     if (threadIdx.x % 32 == 0) parts_s[threadIdx.x / 32][i] = total;
   }
   __syncthreads();
-  for (int i = threadIdx.x; i < M * OUTPUTS; i += THREADS) {
+  for (int i = threadIdx.x; i < M * OUTPUTS; i += blockDim.x) {
     float total = 0;
-#pragma unroll
-    for (int warp = 0; warp < WARPS; warp++) total += parts_s[warp][i];
+    for (int warp = 0; warp < warps; warp++) total += parts_s[warp][i];
     const int row = row0 + i % OUTPUTS;
     if (row < N) y[(pair + i / OUTPUTS) * N + row] = T(total);
   }

@@ -31,6 +31,7 @@ auto min(A a, B b) {
   return a < b ? a : b;
 }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
+inline void sincosf(float angle, float* sine, float* cosine) { *sine = std::sin(angle), *cosine = std::cos(angle); }
 template <typename T>
 T __ldcs(const T* from) {
   return *from;
