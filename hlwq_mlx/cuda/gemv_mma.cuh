@@ -5,13 +5,15 @@
 //
 // Codes are the 16 x 16 operand of mma.m16n8k16 and rows of x its 16 x 8 operand, so eight rows cost what one costs. K
 // may run in any order that both operands share: lane l takes quarter l % 4 of every block of the rows l / 4 and
-// l / 4 + 8, in loads of B / 8 bytes. A thread block, one a multiprocessor, computes 16 outputs, then the 16 that lie
-// gridDim.x further; its warps take 256 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the
-// next RING pieces are always on their way. Small loads (x, the table) are issued first, or they would wait behind.
+// l / 4 + 8, in loads of B / 8 bytes. A thread block computes 16 outputs, then the 16 that lie gridDim.x further; its
+// warps take 128 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the next RING pieces are
+// always on their way. Small loads (x, the table) are issued first, or they would wait behind.
 //
 // Two codes are one lookup in shared memory, where each lane has its own copy of the 256 pairs: no bank conflicts, and
 // two integer instructions a pair. Decoding in registers (prmt) took four to five, and that pipe runs at half the issue
 // rate: counted in the machine code, 24576 x 4096 needed 17 us of it where an H200's memory needs 12.
+// 32 warps of a multiprocessor hide the latency of lookups and products; 16, with twice the columns each, issued an
+// instruction in 44 % of the cycles (ncu, H100). So a kernel may take 64 registers, no more.
 // M == 1: a warp rotates the columns that it uses while its codes are on their way, which saves a launch.
 //
 // M == 1 may do more of a decoder's step, for fewer launches; a null pointer leaves a part out:
@@ -22,7 +24,7 @@
 #include "decode.cuh"
 #include "transform.cuh"
 
-constexpr int HLWQ_COLUMNS = 256, HLWQ_MAX_WARPS = 16, HLWQ_RING = 2;
+constexpr int HLWQ_COLUMNS = 128, HLWQ_MAX_WARPS = 32, HLWQ_RING = 2;
 
 // The centroids of the two codes of a byte.
 template <typename T>
@@ -51,6 +53,12 @@ __device__ inline void hlwq_decode_pairs(const uint32_t* pairs, int lane, uint32
   }
 }
 
+__device__ inline float hlwq_warp_sum(float v) {
+#pragma unroll
+  for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
+  return v;
+}
+
 template <typename T>
 constexpr bool hlwq_is_half = false;
 template <>
@@ -73,41 +81,39 @@ __device__ void hlwq_mma(
 }
 #endif
 
-// V columns of a row from k on; zeros beyond K.
-template <typename T, int V>
-__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[V]) {
-  if (k + V <= K && size_t(row + k) % 16 == 0) {
-#pragma unroll
-    for (int i = 0; i < V / 8; i++) ((uint4*)values)[i] = ((const uint4*)(row + k))[i];
+// Four columns of a row from k on; zeros beyond K.
+template <typename T>
+__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[4]) {
+  if (k + 4 <= K && size_t(row + k) % 8 == 0) {
+    *(uint2*)values = *(const uint2*)(row + k);
   } else {
 #pragma unroll
-    for (int i = 0; i < V; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
+    for (int i = 0; i < 4; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
   }
 }
 
-// The columns of a warp, V a lane, rotated to `out`, which is the warp's and 16-byte aligned.
-template <typename T, int BLOCK, int V>
-__device__ void hlwq_rotate_columns(float (&v)[V], int lane, T* out) {
-  hlwq_transform<V, BLOCK / V>(v, lane);
-  alignas(16) T rotated[V];
+// The columns of a warp, four a lane, rotated to `out`, which is the warp's.
+template <typename T, int BLOCK>
+__device__ void hlwq_rotate_columns(float (&v)[4], int lane, T* out) {
+  hlwq_transform<4, BLOCK / 4>(v, lane);
+  alignas(8) T rotated[4];
 #pragma unroll
-  for (int i = 0; i < V; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
-#pragma unroll
-  for (int i = 0; i < V / 8; i++) ((uint4*)(out + lane * V))[i] = ((const uint4*)rotated)[i];
+  for (int i = 0; i < 4; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
+  *(uint2*)(out + lane * 4) = *(const uint2*)rotated;
 }
 
-// What a lane holds of x: V columns, with `add` added in; and of `scale`.
-template <typename T, int V>
+// What a lane holds of x: four columns, with `add` added in; and of `scale`.
+template <typename T>
 struct HlwqColumns {
-  alignas(16) T x[V], scale[V];
+  alignas(8) T x[4], scale[4];
 
   __device__ void load(const T* row, const T* add, const T* weights, int k, int K) {
     hlwq_load_columns(row, k, K, x);
     if (add) {
-      alignas(16) T more[V];
+      alignas(8) T more[4];
       hlwq_load_columns(add, k, K, more);
 #pragma unroll
-      for (int i = 0; i < V; i++) x[i] = T(float(x[i]) + float(more[i]));
+      for (int i = 0; i < 4; i++) x[i] = T(float(x[i]) + float(more[i]));
     }
     if (weights) hlwq_load_columns(weights, k, K, scale);
   }
@@ -115,7 +121,7 @@ struct HlwqColumns {
   __device__ float square_sum() const {
     float total = 0;
 #pragma unroll
-    for (int i = 0; i < V; i++) total = fmaf(float(x[i]), float(x[i]), total);
+    for (int i = 0; i < 4; i++) total = fmaf(float(x[i]), float(x[i]), total);
     return total;
   }
 };
@@ -125,20 +131,19 @@ template <int BLOCK, int EXACT>
 struct HlwqCodes {
   static constexpr int UNROLL = HLWQ_COLUMNS / BLOCK, WORDS = BLOCK / 32;  // blocks; words of a quarter of one
   uint32_t words[UNROLL][2][WORDS];
-  alignas(16) __half norm[2][UNROLL];
+  alignas(8) __half norm[2][UNROLL];
 
-  // `row`: of the first 8, the lane's; `last`: no row beyond is read
+  // `row`: of the first 8, the lane's; `last`: no row beyond is read. N * Kp / 32 fits 31 bits, as MLX's indices do.
   __device__ void load(const uint32_t* codes, const __half* norms, int row, int last, int blocks, int chunk, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const size_t first = size_t(min(row + 8 * i, last)) * blocks + chunk * UNROLL;
+      const int first = min(row + 8 * i, last) * blocks + chunk * UNROLL;
 #pragma unroll
       for (int u = 0; u < UNROLL; u++)
         if (EXACT || chunk * UNROLL + u < blocks)
-          hlwq_load<WORDS>(codes + ((first + u) * 4 + quarter) * WORDS, words[u][i]);
-      if constexpr (EXACT && UNROLL % 4 == 0) {
-#pragma unroll
-        for (int u = 0; u < UNROLL; u += 4) *(uint2*)(norm[i] + u) = __ldcs((const uint2*)(norms + first + u));
+          hlwq_load<WORDS>(codes + size_t((first + u) * 4 + quarter) * WORDS, words[u][i]);
+      if constexpr (EXACT && UNROLL == 4) {
+        *(uint2*)norm[i] = __ldcs((const uint2*)(norms + first));
       } else if constexpr (EXACT && UNROLL == 2) {
         *(uint32_t*)norm[i] = __ldcs((const uint32_t*)(norms + first));
       } else {
@@ -168,7 +173,7 @@ __device__ void hlwq_gemv_mma(
     const T* x, const T* add, const T* scale, float eps, const uint32_t* codes, const __half* norms, const float* table,
     const uint32_t* experts, int pairs_a_row, int N, int K, const T* residual, T* y, T* sum_out) {
   using Codes = HlwqCodes<BLOCK, EXACT>;
-  constexpr int V = HLWQ_COLUMNS / 32, TILES = SWIGLU ? 2 : 1;
+  constexpr int TILES = SWIGLU ? 2 : 1;
   static_assert(!SWIGLU || M == 1, "one row");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int quarter = lane % 4, row_of_8 = lane / 4;
@@ -180,14 +185,15 @@ __device__ void hlwq_gemv_mma(
   codes += matrix * (BLOCK / 8), norms += matrix;
 
   extern __shared__ uint4 hlwq_shared[];
-  uint32_t* pairs_s = (uint32_t*)hlwq_shared;                                    // [256][32]
-  float* squares_s = (float*)(pairs_s + 256 * 32);                               // [HLWQ_MAX_WARPS]
-  auto parts_s = (float(*)[HLWQ_MAX_WARPS][16][M])(squares_s + HLWQ_MAX_WARPS);  // [2 * TILES]
-  T* rotated = (T*)(parts_s + 2 * TILES) + warp * steps * HLWQ_COLUMNS;          // [steps * HLWQ_COLUMNS], this warp's
+  constexpr int PARTS = 16 * M, ROW = PARTS + 1;                         // outputs of a tile; one more: no bank conflicts
+  uint32_t* pairs_s = (uint32_t*)hlwq_shared;                            // [256][32]
+  T* rotated = (T*)(pairs_s + 256 * 32) + warp * steps * HLWQ_COLUMNS;   // [steps * HLWQ_COLUMNS], this warp's
+  float* squares_s = (float*)((T*)(pairs_s + 256 * 32) + (M == 1 ? warps * steps * HLWQ_COLUMNS : 0));  // [warps]
+  auto parts_s = (float(*)[HLWQ_MAX_WARPS][ROW])(squares_s + HLWQ_MAX_WARPS);                           // [2 * TILES]
 
   const uint32_t first_pair = hlwq_pair<T>(table, threadIdx.x);
-  HlwqColumns<T, V> columns;
-  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * V, K);
+  HlwqColumns<T> columns;
+  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * 4, K);
   Codes ring[HLWQ_RING];
   HlwqPiece ahead = {0, 0, int(blockIdx.x)}, now = ahead;
   auto load_ahead = [&](Codes& into) {
@@ -204,35 +210,30 @@ __device__ void hlwq_gemv_mma(
   if (scale) {
     float squares = columns.square_sum();
     for (int step = 1; step < steps; step++) {
-      HlwqColumns<T, V> more;
-      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * V, K);
+      HlwqColumns<T> more;
+      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * 4, K);
       squares += more.square_sum();
     }
-#pragma unroll
-    for (int mask = 16; mask; mask /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, mask);
+    squares = hlwq_warp_sum(squares);
     if (lane == 0) squares_s[warp] = squares;
-  }
-  __syncthreads();
-  if (scale) {
-    float squares = 0;
-    for (int i = 0; i < warps; i++) squares += squares_s[i];
-    factor = rsqrtf(squares / K + eps);
+    __syncthreads();
+    factor = rsqrtf(hlwq_warp_sum(lane < warps ? squares_s[lane] : 0.0f) / K + eps);
   }
   if (M == 1) {
     for (int step = 0; step < steps; step++) {
-      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * V;
+      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * 4;
       if (step) columns.load(xs, add, scale, k, K);
       if (add && blockIdx.x == 0)
 #pragma unroll
-        for (int i = 0; i < V; i++)
+        for (int i = 0; i < 4; i++)
           if (k + i < K) sum_out[k + i] = columns.x[i];
-      float values[V];
+      float values[4];
 #pragma unroll
-      for (int i = 0; i < V; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
+      for (int i = 0; i < 4; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
       hlwq_rotate_columns<T, BLOCK>(values, lane, rotated + step * HLWQ_COLUMNS);
     }
-    __syncwarp();
   }
+  __syncthreads();
 
   float sum[4] = {};
   int buffer = 0;  // of two for the parts of a group: one is summed while the other is written
@@ -272,22 +273,21 @@ __device__ void hlwq_gemv_mma(
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int m = 2 * quarter + i % 2;
-        if (m < M) parts[tile][warp][row_of_8 + i / 2 * 8][m] = sum[i];
+        if (m < M) parts[tile][warp][(row_of_8 + i / 2 * 8) * M + m] = sum[i];
         sum[i] = 0;
       }
       if (tile + 1 < TILES) continue;
       __syncthreads();
       buffer ^= 1;
-      if (threadIdx.x < 16 * M) {
-        const int m = threadIdx.x / 16, at = threadIdx.x % 16, row = group * 16 + at;
-        float total = 0, other = 0;
-        for (int j = 0; j < warps; j++) {
-          total += parts[0][j][at][m];
-          if (SWIGLU) other += parts[TILES - 1][j][at][m];
+      for (int at = warp; at < PARTS; at += warps) {  // a warp an output: its lanes hold the parts of the warps
+        float total = hlwq_warp_sum(lane < warps ? parts[0][lane][at] : 0.0f);
+        if (SWIGLU) {
+          const float other = hlwq_warp_sum(lane < warps ? parts[TILES - 1][lane][at] : 0.0f);
+          total *= other / (1 + expf(-total));
         }
-        if (SWIGLU) total *= other / (1 + expf(-total));
-        const size_t to = (pair + m) * outputs + row;
-        if (row < outputs) y[to] = T(residual ? total + float(residual[to]) : total);
+        const int row = group * 16 + at / M;
+        const size_t to = (pair + at % M) * outputs + row;
+        if (lane == 0 && row < outputs) y[to] = T(residual ? total + float(residual[to]) : total);
       }
     }
   }
