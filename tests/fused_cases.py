@@ -6,7 +6,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
-from mlx_lm.models import llama, qwen2, qwen3
+from mlx_lm.models import llama, qwen2, qwen3, qwen3_5
+from mlx_lm.models.rope_utils import DynamicNTKScalingRoPE
 
 from convert.codebook import codebook
 from convert.format import ModuleSpec
@@ -28,12 +29,24 @@ LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embedding
 
 
 def tiny(family: str, layers: int = 2) -> nn.Module:
-    """A model of mlx-lm, not quantized yet: "qwen3" (norms of heads), "llama" (Llama 3's rope), "qwen2" (biases)."""
+    """A model of mlx-lm, not quantized yet: "qwen3" (norms of heads), "llama" (Llama 3's rope), "qwen2" (biases), or
+    "qwen3_5", a hybrid: three layers of gated delta attention to one of gated attention.
+    """
     sizes = {"model_type": family, "num_hidden_layers": layers, **SIZES}
     if family == "qwen2":
         return qwen2.Model(qwen2.ModelArgs(**(sizes | {"hidden_size": 256})))
     if family == "llama":
         return llama.Model(llama.ModelArgs(**sizes, head_dim=128, rope_scaling=LLAMA3))
+    if family == "qwen3_5":
+        sizes |= {
+            "num_hidden_layers": 4,
+            "head_dim": 64,
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 4,
+            "linear_key_head_dim": 64,
+            "linear_value_head_dim": 32,
+        }
+        return qwen3_5.Model(qwen3_5.ModelArgs(model_type=family, text_config=sizes))
     return qwen3.Model(qwen3.ModelArgs(**sizes, head_dim=64))
 
 
@@ -95,7 +108,7 @@ class HotterAttention(qwen3.Attention):
     """Scores 1.2 times as large as `scale` says, but for tokens before 8192: the temperature of Llama 4."""
 
     def __call__(self, x, mask=None, cache=None):
-        scale, self.scale = self.scale, self.scale * (1.2 if cache.offset >= 8192 else 1)
+        scale, self.scale = self.scale, self.scale * (1.2 if cache and cache.offset >= 8192 else 1)
         y = super().__call__(x, mask, cache)
         self.scale = scale
         return y
@@ -125,7 +138,8 @@ def traditional_rope(layer: nn.Module) -> None:
     layer.self_attn.rope = nn.RoPE(64, traditional=True)
 
 
-NEARLY = (scaled_sums, norms_after, parallel, gelu, hotter_attention, traditional_rope)  # the modules are the same
+# the modules are those of a known layer: all of it computes something else, or attention alone
+NEARLY, NEARLY_ATTENTION = (scaled_sums, norms_after, parallel, gelu), (hotter_attention, traditional_rope)
 
 
 class Sandwich(qwen3.TransformerBlock):
@@ -136,20 +150,45 @@ class Sandwich(qwen3.TransformerBlock):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
+class CacheFirst(qwen3.TransformerBlock):
+    def __call__(self, x, cache=None, mask=None):
+        return super().__call__(x, mask, cache)
+
+
 def sandwich(layer: nn.Module) -> None:
     layer.__class__, layer.after = Sandwich, nn.RMSNorm(128)
 
 
+def cache_first(layer: nn.Module) -> None:
+    layer.__class__ = CacheFirst
+
+
 def other_norm(layer: nn.Module) -> None:
+    layer.post_attention_layernorm = nn.LayerNorm(128, bias=False)
+
+
+def bias(layer: nn.Module) -> None:
+    layer.mlp.down_proj = nn.Linear(192, 128)
+
+
+def other_norm_of_attention(layer: nn.Module) -> None:
     layer.input_layernorm = nn.LayerNorm(128, bias=False)
 
 
 def other_rope(layer: nn.Module) -> None:
-    layer.self_attn.rope = nn.Identity()
+    layer.self_attn.rope = DynamicNTKScalingRoPE(64, 512, False, 1e4, 2.0)
 
 
 def sinks(layer: nn.Module) -> None:
     layer.self_attn.sinks = mx.zeros(4)
 
 
-OTHERS = (sandwich, other_norm, other_rope, sinks)
+def bias_of_o(layer: nn.Module) -> None:
+    layer.self_attn.o_proj = nn.Linear(256, 128)
+
+
+# the modules are others: of the feed-forward half, or of attention alone
+OTHERS, OTHER_ATTENTION = (
+    (sandwich, cache_first, other_norm, bias),
+    (other_norm_of_attention, other_rope, sinks, bias_of_o),
+)

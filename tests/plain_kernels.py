@@ -70,15 +70,17 @@ class FusingKernels(PlainKernels):
         codes: mx.array,
         norms: mx.array,
         decoder: ModuleSpec,
+        add: mx.array | None = None,
         swiglu: bool = False,
     ) -> list[mx.array]:
+        x = x if add is None else x + add
         normed = mx.fast.rms_norm(x.astype(mx.float32), scale.astype(mx.float32), eps)
         rotated = self.rotate(normed, decoder.block_size).astype(x.dtype)
         y = rotated.astype(mx.float32) @ self.dequantize(codes, norms, x.dtype, decoder).astype(mx.float32).T
         if swiglu:
             gate, other = mx.split(y, 2, axis=-1)
             y = gate * mx.sigmoid(gate) * other
-        return [y.astype(x.dtype)]
+        return [y.astype(x.dtype)] if add is None else [y.astype(x.dtype), x]
 
     def heads(
         self,
