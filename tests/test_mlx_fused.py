@@ -1,11 +1,13 @@
 """The fused decoder layer: which layers take it, when, and that the results are those of mlx-lm's own layer.
 
-Without a GPU the functions of its kernels are plain operations (tests/plain_kernels.py), or the kernels are emulated.
+On a GPU with -m gpu; without one the functions of its kernels are plain operations (tests/plain_kernels.py), or the
+kernels are emulated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,9 +25,10 @@ from tests.mlx_cuda_cases import normal, on_device, on_gpu
 TOKENS = mx.array([[7, 50, 3, 9, 9, 12, 19, 0]])
 
 
-@pytest.fixture
-def fusing() -> Iterator[None]:
-    with as_on_a_gpu(FusingKernels()):
+@pytest.fixture(params=["plain operations", pytest.param("gpu", marks=on_gpu)])
+def fusing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Inside, kernels fuse."""
+    with nullcontext() if request.param == "gpu" else as_on_a_gpu(FusingKernels()):
         yield
 
 
@@ -230,15 +233,3 @@ def test_a_layer_by_its_kernels(monkeypatch: pytest.MonkeyPatch):
     mx.enable_compile()
     kernels.kernels_for.cache_clear()
     assert "_fused" in vars(layer)
-
-
-@pytest.mark.parametrize("family,parts", FAMILIES)
-@pytest.mark.parametrize("device", [pytest.param("gpu", marks=on_gpu)])
-def test_models_on_a_gpu(family: str, parts: list[str], device: str):
-    model = quantized(tiny(family))
-    plain = generate(model)
-    compile_steps(model.modules())
-    fuse_layers(model.modules())
-    for found, expected in zip(generate(model), plain, strict=True):
-        assert relative_error(found, expected) < 8e-2  # bfloat16: rounding to 2**-8 about a dozen times a layer
-    assert fused_parts(model.layers) == parts
