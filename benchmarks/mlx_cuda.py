@@ -30,6 +30,7 @@ from mlx_lm.models.cache import make_prompt_cache
 from convert.codebook import codebook
 from convert.format import ModuleSpec
 from hlwq_mlx import cuda
+from hlwq_mlx.fused import fuse_layers
 from hlwq_mlx.kernels import kernels_for
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear
 from hlwq_mlx.siblings import link
@@ -208,6 +209,7 @@ def fill(model: nn.Module, kind: str) -> None:
     model.eval()
     link(model.modules())
     compile_steps(model.modules())
+    fuse_layers(model.modules())
     for module in model.modules():
         mx.eval(module.parameters())
 

@@ -125,6 +125,10 @@ class HLWQLinear(_Matrix):
 
         return lora_linear(self, self.spec.in_features, self.weight_codes.shape[0], r, scale, dropout)
 
+    def product_plus(self, x: mx.array, residual: mx.array) -> mx.array:
+        """x W^T + residual: one row, without bias, where the kernels fuse, within what is compiled already."""
+        return self._kernels.product_plus(x, self["weight_codes"], self["weight_norms"], residual)
+
     def __call__(self, x: mx.array) -> mx.array:
         y = self._siblings.take(self._index, x) if self._siblings else None
         if y is None:

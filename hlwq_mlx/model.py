@@ -21,6 +21,7 @@ from mlx_lm.models.switch_layers import SwitchLinear
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 from hlwq_mlx.checkpoint import FormatError, QuantizationConfig, check_module, check_names, parse
+from hlwq_mlx.fused import fuse_layers
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear, HLWQSwitchLinear
 from hlwq_mlx.siblings import link
 from hlwq_mlx.steps import compile_steps
@@ -121,6 +122,7 @@ def _replace(model: nn.Module, quantization: QuantizationConfig, weights: Mappin
     model.update_modules(tree_unflatten(layers))
     link(model.modules())
     compile_steps(model.modules())
+    fuse_layers(model.modules())
 
 
 def _main_dtype(weights: Mapping[str, mx.array]) -> mx.Dtype:

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
 from convert import reference
 from convert.codebook import codebook
 from convert.format import BLOCK_SIZES, SUPPORTED_BITS, ModuleSpec
-from hlwq_mlx import cuda
+from hlwq_mlx import cuda, kernels, ops
+from hlwq_mlx.layers import HLWQLinear
+from hlwq_mlx.siblings import link
+from hlwq_mlx.steps import compile_steps
 from tests import cuda_cpu
 from tests.metal_cpu import EmulationError, require
 from tests.mlx_cuda_cases import DEVICES, DTYPES, FLOAT32, ROUNDING, Packed, assert_product, float64, normal, on_device
@@ -108,6 +112,64 @@ def test_dequantize_and_embedding(bits: int, device: str):
     assert np.abs(float64(rows) - expected).max() <= (ROUNDING[dtype] + 2.0**-19) * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("block_size,columns,dtype", [(128, 640, mx.bfloat16), (64, 4200, mx.float16)], ids=str)
+def test_sum_norm_and_activation_inside(block_size: int, columns: int, dtype: mx.Dtype, swiglu: bool, device: str):
+    """The product of a norm, of a sum's norm, and with a residual; the sum of squares over one step and over two."""
+    packed = Packed(ModuleSpec(4, block_size, columns), 74)
+    x, more, scale = (normal(1, columns, dtype=dtype, seed=seed) for seed in range(3))
+    for add in (None, more):
+        arrays = (x, scale[0], 1e-5, packed.codes, packed.norms, packed.decoder)
+        y, *total = cuda.normed_product(*arrays, add=add, swiglu=swiglu)
+        summed = x if add is None else x + add
+        assert [mx.array_equal(value, summed).item() for value in total] == [True] * (add is not None)
+        values = float64(summed)
+        normed = values / np.sqrt((values**2).mean() + 1e-5) * float64(scale)
+        rotated = reference.rotate(normed, block_size)
+        exact, magnitude = rotated @ packed.rotated.T, np.abs(rotated) @ np.abs(packed.rotated).T
+        bound = (FLOAT32 * (columns + 16) + 2 * ROUNDING[dtype]) * magnitude  # as of a product, before its rounding
+        if swiglu:
+            (gate, other), (of_gate, of_other) = np.split(exact, 2, axis=-1), np.split(bound, 2, axis=-1)
+            sigmoid = 1 / (1 + np.exp(-gate))
+            # the slope of silu is at most 1.1
+            exact, bound = gate * sigmoid * other, 1.1 * of_gate * (np.abs(other) + of_other) + np.abs(gate) * of_other
+        assert (np.abs(float64(y) - exact) <= bound + ROUNDING[dtype] * (np.abs(exact) + bound)).all()
+
+
+def test_residual(device: str):
+    packed, x = Packed(ModuleSpec(4, 128, 640), 37), normal(1, 640, dtype=mx.bfloat16)
+    residual = normal(1, 37, dtype=mx.bfloat16, seed=1)
+    y = cuda.product(x, packed.codes, packed.norms, packed.decoder, residual)
+    rotated = reference.rotate(float64(x), 128)
+    exact = rotated @ packed.rotated.T + float64(residual)
+    bound = (FLOAT32 * 656 + 2 * ROUNDING[x.dtype]) * (np.abs(rotated) @ np.abs(packed.rotated).T)
+    assert (np.abs(float64(y) - exact) <= bound + ROUNDING[x.dtype] * (np.abs(exact) + bound)).all()
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("head_dim,dims", [(128, 128), (96, 64), (64, 64)])
+def test_heads(head_dim: int, dims: int, normed: bool, device: str):
+    """Three heads of q, two of k and v; a rotary embedding of all values or of some."""
+    dtype, position, eps = mx.bfloat16, 1234, 1e-6
+    y = normal(1, 1, 7 * head_dim, dtype=dtype)
+    scales = (normal(head_dim, dtype=dtype, seed=1), normal(head_dim, dtype=dtype, seed=2)) if normed else None
+    inv_freq = 10000.0 ** -np.linspace(0, 1, dims // 2, endpoint=False).astype(np.float32)
+    found = cuda.heads(y, mx.array(position, mx.int32), mx.array(inv_freq), (3, 2), scales, eps)
+    parts = np.split(float64(y).reshape(7, head_dim), (3, 5))
+    for i, scale in enumerate(scales or ()):
+        parts[i] = parts[i] / np.sqrt((parts[i] ** 2).mean(-1, keepdims=True) + eps) * float64(scale)
+    for i in range(2):
+        angle, half = position * inv_freq.astype(np.float64), dims // 2
+        a, b = parts[i][:, :half], parts[i][:, half:dims]
+        turned = [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)]
+        parts[i] = np.concatenate([*turned, parts[i][:, dims:]], axis=-1)
+    for got, expected in zip(found, parts, strict=True):
+        assert got.shape == (1, len(expected), 1, head_dim)
+        error = np.abs(float64(got)[0, :, 0] - expected)
+        # the angle, of up to 1234, is rounded to float32
+        assert (error <= ROUNDING[dtype] * np.abs(expected) + 2 * position * FLOAT32 * np.abs(expected).max()).all()
+
+
 FAULTS = [
     ("what is prepared is used before it is written", "  __syncthreads();\n\n  float sum[4]", "  float sum[4]", "UNINIT|RACE"),
     ("parts are summed before they are written", "__syncthreads();\n      buffer ^= 1;", "buffer ^= 1;", "UNINIT|RACE"),
@@ -133,3 +195,37 @@ def test_the_emulator_sees(what: str, old: str, new: str, finding: str, monkeypa
         cuda.product(x, packed.codes, packed.norms, packed.decoder)
     cuda._kernel.cache_clear()
     assert any(changed)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not mx.cuda.is_available(), reason="no MLX with a CUDA GPU here")
+def test_layers_on_a_gpu():
+    """A feed-forward module as a model has it: siblings, a compiled step, a prompt, and a gradient."""
+
+    class FeedForward(nn.Module):
+        def __call__(self, x: mx.array) -> mx.array:
+            return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    module, weights = FeedForward(), {}
+    for name, outputs, columns in (("gate_proj", 96, 256), ("up_proj", 96, 256), ("down_proj", 64, 96)):
+        spec = ModuleSpec(4, 32, columns)
+        packed = Packed(spec, outputs)
+        layer = HLWQLinear((outputs,), spec, codebook(4), mx.float16)
+        layer.weight_codes, layer.weight_norms = packed.codes, packed.norms
+        module[name], weights[name] = layer, reference.decode(packed.encoded, spec, codebook(4))
+    module.eval()
+    link([module])
+    compile_steps([module])
+    assert kernels.backend() is cuda and module.up_proj._path(mx.float16) is ops.Path.KERNELS
+    for rows in (1, 1, 8, 40):
+        x = normal(rows, 256, dtype=mx.float16, seed=rows) * 0.1
+        gate, up = float64(x) @ weights["gate_proj"].T, float64(x) @ weights["up_proj"].T
+        expected = (gate / (1 + np.exp(-gate)) * up) @ weights["down_proj"].T
+        # half: x, three products, their centroids and the activation
+        assert np.linalg.norm(float64(module(x)) - expected) <= 2e-3 * np.linalg.norm(expected)
+    layer, x = module.down_proj, normal(3, 96, dtype=mx.float16)
+    layer.train()
+    target = normal(3, 64, dtype=mx.float16, seed=8)
+    gradient = mx.grad(lambda x: (layer(x) * target).sum())(x)
+    expected = float64(target) @ weights["down_proj"]
+    assert np.linalg.norm(float64(gradient) - expected) <= 2e-3 * np.linalg.norm(expected)
