@@ -12,7 +12,7 @@ from contextlib import nullcontext
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from fused_cases import NEARLY, NEARLY_ATTENTION, OTHER_ATTENTION, OTHERS, quantized, tiny
+from fused_cases import NEARLY, NEARLY_ATTENTION, OTHER_ATTENTION, OTHERS, other_rope, quantized, tiny
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from plain_kernels import FusingKernels, PlainKernels, as_on_a_gpu
 
@@ -191,6 +191,10 @@ def test_replaced_weights_are_tried_anew_and_adapters_take_the_layer(fusing: Non
     assert relative_error(found[-1], run(layer)[0][-1]) < 5e-2
     layer.__class__ = with_step
     before = run(layer)[0][-1]
+    layer.self_attn.o_proj = layer.self_attn.o_proj.to_lora(r=2)
+    layer.eval()
+    run(layer)
+    assert fused_parts([layer]) == ["HalfStep"]
     layer.mlp.down_proj = down.to_lora(r=2)
     layer.mlp.down_proj.lora_b = mx.ones(layer.mlp.down_proj.lora_b.shape)
     layer.eval()
@@ -220,16 +224,27 @@ def test_a_trial_leaves_the_random_state_as_it_was(fusing: None):
 
 
 @require.emulator
-def test_a_layer_by_its_kernels(monkeypatch: pytest.MonkeyPatch):
-    """Step and trial as on a GPU, every kernel emulated."""
+@pytest.mark.parametrize(
+    "change,part,launches",
+    [
+        (lambda _: None, "LayerStep", "gemv_mma heads gemv_mma gemv_mma gemv_mma"),
+        (other_rope, "HalfStep", "gemv_mma " * 4),
+    ],
+)
+def test_a_layer_by_its_kernels(change: Callable, part: str, launches: str, monkeypatch: pytest.MonkeyPatch):
+    """Step and trial as on a GPU, every kernel emulated; then the launches of a token."""
+    launched, launch = [], cuda._launch
+    monkeypatch.setattr(cuda, "_launch", lambda stem, *more: launched.append(stem) or launch(stem, *more))
     monkeypatch.setattr(kernels, "backend", lambda: cuda)
     monkeypatch.setattr(ops, "pick", lambda *_: ops.Path.KERNELS)
     kernels.kernels_for.cache_clear()
-    layer = one_layer()
+    layer = one_layer(change)
     fuse_layers([layer])
     mx.disable_compile()  # the emulator needs values, mx.compile traces without them
     for _ in on_device("emulated"):
-        layer(normal(1, 1, 128, dtype=mx.bfloat16), None, KVCache())
+        for _ in range(2):
+            launched.clear()
+            layer(normal(1, 1, 128, dtype=mx.bfloat16), None, KVCache())
     mx.enable_compile()
     kernels.kernels_for.cache_clear()
-    assert "_fused" in vars(layer)
+    assert fused_parts([layer]) == [part] and launched == launches.split()
