@@ -76,7 +76,8 @@ QWEN35_9B = qwen3_5.ModelArgs(
 
 
 def random_codes(outputs: int, columns: int, bits: int) -> mx.array:
-    return mx.random.randint(-(2**31), 2**31 - 1, (outputs, columns * bits // 32), mx.int32).view(mx.uint32)
+    # 16 bits at a time: MLX makes integers of floats, so the low bits of larger ones would always be 0
+    return mx.random.randint(0, 2**16, (outputs, columns * bits // 16), mx.uint16).view(mx.uint32)
 
 
 def median_microseconds(step: Callable[[], mx.array], count: int) -> float:

@@ -18,7 +18,7 @@ __all__ = ["GEMV_MAX_ROWS", "Decoder", "decoder", "dequantize", "embedding", "ga
 
 GEMV_MAX_ROWS = 8
 _BLOCK_WARPS = 4  # rotate.cuh, embedding.cuh: blocks a thread block
-_COLUMNS, _MAX_WARPS = 128, 32  # gemv_mma.cuh: of a warp at a time, warps a thread block
+_COLUMNS, _MAX_WARPS = 256, 16  # gemv_mma.cuh: of a warp at a time, warps a thread block
 _PLAIN_SHARED = 48000  # bytes of shared memory that a kernel of MLX has without asking
 _OUTPUTS, _MAX_THREADS = 4, 128  # gemv.cuh
 _DEQUANTIZED = {2: 16, 3: 32, 4: 8, 5: 32, 6: 16, 8: 8}  # codes of a thread at a time: whole words and 16 bytes of half
@@ -160,7 +160,7 @@ def _gemv_mma(
     if rows > 1:
         x = rotate(x.reshape(-1, x.shape[-1]), decoder.block_size)
     columns, block_size = x.shape[-1], decoder.block_size
-    warps = _warps(columns, _MAX_WARPS if rows == 1 and block_size == 128 else _MAX_WARPS * 3 // 4)  # 64, 80 registers
+    warps = _warps(columns, _MAX_WARPS // 2 if block_size == 32 else _MAX_WARPS)  # of 32: up to 145 registers
     steps = -(-columns // (_COLUMNS * warps))
     arrays = {"x": x, "codes": codes, "norms": norms, "table": decoder.table}
     optional = {"add": add, "scale": scale, "residual": residual}

@@ -6,14 +6,14 @@
 // Codes are the 16 x 16 operand of mma.m16n8k16 and rows of x its 16 x 8 operand, so eight rows cost what one costs. K
 // may run in any order that both operands share: lane l takes quarter l % 4 of every block of the rows l / 4 and
 // l / 4 + 8, in loads of B / 8 bytes. A thread block computes 16 outputs, then the 16 that lie gridDim.x further; its
-// warps take 128 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the next RING pieces are
+// warps take 256 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the next RING pieces are
 // always on their way. Small loads (x, the table) are issued first, or they would wait behind.
 //
 // Two codes are one lookup in shared memory, where each lane has its own copy of the 256 pairs: no bank conflicts, and
 // two integer instructions a pair. Decoding in registers (prmt) took four to five, and that pipe runs at half the issue
 // rate: counted in the machine code, 24576 x 4096 needed 17 us of it where an H200's memory needs 12.
-// 32 warps of a multiprocessor hide the latency of lookups and products; 16, with twice the columns each, issued an
-// instruction in 44 % of the cycles (ncu, H100). So a kernel may take 64 registers, no more.
+// A thread block has 16 warps, so a thread may take 128 registers: 32 warps with half the columns each took .5 to 1 us
+// more (H100), for what every warp does before its first product.
 // M == 1: a warp rotates the columns that it uses while its codes are on their way, which saves a launch.
 //
 // M == 1 may do more of a decoder's step, for fewer launches; a null pointer leaves a part out:
@@ -24,32 +24,24 @@
 #include "decode.cuh"
 #include "transform.cuh"
 
-constexpr int HLWQ_COLUMNS = 128, HLWQ_MAX_WARPS = 32, HLWQ_RING = 2;
+constexpr int HLWQ_COLUMNS = 256, HLWQ_MAX_WARPS = 16, HLWQ_RING = 2;
 
 // The centroids of the two codes of a byte.
 template <typename T>
-__device__ uint32_t hlwq_pair(const float* table, int byte) {
+__device__ uint32_t hlwq_pair(const float* table, unsigned byte) {
   alignas(4) const T two[2] = {T(table[byte & 15]), T(table[byte >> 4 & 15])};
   return *(const uint32_t*)two;
 }
 
-// The pairs of all bytes, 32 times: pairs[byte][lane]. Neighboring threads write different banks. `first`: this thread's
-// first pair, loaded long before.
+// The pairs of all bytes, 32 times: pairs[byte][lane]; half a row a thread. Neighboring threads write different banks.
+// `first`: this thread's first pair, loaded long before.
 template <typename T>
 __device__ void hlwq_stage_pairs(uint32_t first, const float* table, uint32_t* pairs) {
-  for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
-    const uint32_t v = byte == threadIdx.x ? first : hlwq_pair<T>(table, byte);
+  for (unsigned at = threadIdx.x; at < 512; at += blockDim.x) {
+    const unsigned byte = at % 256;
+    const uint32_t v = byte == threadIdx.x % 256 ? first : hlwq_pair<T>(table, byte);
 #pragma unroll
-    for (int i = 0; i < 8; i++) *(uint4*)(pairs + byte * 32 + (byte + i) % 8 * 4) = {v, v, v, v};
-  }
-}
-
-// Eight codes to four pairs, from the copy of this lane.
-__device__ inline void hlwq_decode_pairs(const uint32_t* pairs, int lane, uint32_t word, uint32_t (&out)[4]) {
-#pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t row = i ? word >> (8 * i - 7) : word << 7;  // of 128 bytes
-    out[i] = *(const uint32_t*)((const char*)pairs + (row & 0x7f80u | 4 * lane));
+    for (unsigned i = 0; i < 4; i++) *(uint4*)(pairs + byte * 32 + ((at / 256 * 4 + i) ^ byte % 8) * 4) = {v, v, v, v};
   }
 }
 
@@ -65,6 +57,21 @@ template <>
 constexpr bool hlwq_is_half<__half> = true;
 
 #ifdef __CUDACC__
+// v, in a way that the assembler takes for something unknown: a bit less its lowest bit is 0. Where it knows that a lane
+// is threadIdx.x % 32 it takes the remainder anew for every lookup, a third integer instruction.
+__device__ inline uint32_t hlwq_opaque(uint32_t v) {
+  uint32_t bit;
+  asm("mov.u32 %0, %%lanemask_eq;" : "=r"(bit));
+  return v + (bit & (bit - 1));
+}
+
+// The word `offset` bytes from `shared` on; by a generic pointer each took an addition more.
+__device__ inline uint32_t hlwq_load_shared(const uint32_t* shared, uint32_t offset) {
+  uint32_t v;
+  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(uint32_t(__cvta_generic_to_shared(shared)) + offset));
+  return v;
+}
+
 // d += A B: A 16 x 16 (rows l / 4 and l / 4 + 8 of lane l), B 16 x 8, d 16 x 8 in float.
 template <typename T>
 __device__ void hlwq_mma(
@@ -81,39 +88,48 @@ __device__ void hlwq_mma(
 }
 #endif
 
-// Four columns of a row from k on; zeros beyond K.
-template <typename T>
-__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[4]) {
-  if (k + 4 <= K && size_t(row + k) % 8 == 0) {
-    *(uint2*)values = *(const uint2*)(row + k);
-  } else {
+// Eight codes to four pairs, from the copy of this lane; `own` is its first byte in a row of copies.
+__device__ inline void hlwq_decode_pairs(const uint32_t* pairs, uint32_t own, uint32_t word, uint32_t (&out)[4]) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
+  for (int i = 0; i < 4; i++) {
+    const uint32_t row = i ? word >> (8 * i - 7) : word << 7;  // of 128 bytes
+    out[i] = hlwq_load_shared(pairs, row & 0x7f80u | own);
   }
 }
 
-// The columns of a warp, four a lane, rotated to `out`, which is the warp's.
-template <typename T, int BLOCK>
-__device__ void hlwq_rotate_columns(float (&v)[4], int lane, T* out) {
-  hlwq_transform<4, BLOCK / 4>(v, lane);
-  alignas(8) T rotated[4];
+// Eight columns of a row from k on; zeros beyond K.
+template <typename T>
+__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[8]) {
+  if (k + 8 <= K && size_t(row + k) % 16 == 0) {
+    *(uint4*)values = *(const uint4*)(row + k);
+  } else {
 #pragma unroll
-  for (int i = 0; i < 4; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
-  *(uint2*)(out + lane * 4) = *(const uint2*)rotated;
+    for (int i = 0; i < 8; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
+  }
 }
 
-// What a lane holds of x: four columns, with `add` added in; and of `scale`.
+// The columns of a warp, eight a lane, rotated to `out`, which is the warp's.
+template <typename T, int BLOCK>
+__device__ void hlwq_rotate_columns(float (&v)[8], int lane, T* out) {
+  hlwq_transform<8, BLOCK / 8>(v, lane);
+  alignas(16) T rotated[8];
+#pragma unroll
+  for (int i = 0; i < 8; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
+  *(uint4*)(out + lane * 8) = *(const uint4*)rotated;
+}
+
+// What a lane holds of x: eight columns, with `add` added in; and of `scale`.
 template <typename T>
 struct HlwqColumns {
-  alignas(8) T x[4], scale[4];
+  alignas(16) T x[8], scale[8];
 
   __device__ void load(const T* row, const T* add, const T* weights, int k, int K) {
     hlwq_load_columns(row, k, K, x);
     if (add) {
-      alignas(8) T more[4];
+      alignas(16) T more[8];
       hlwq_load_columns(add, k, K, more);
 #pragma unroll
-      for (int i = 0; i < 4; i++) x[i] = T(float(x[i]) + float(more[i]));
+      for (int i = 0; i < 8; i++) x[i] = T(float(x[i]) + float(more[i]));
     }
     if (weights) hlwq_load_columns(weights, k, K, scale);
   }
@@ -121,7 +137,7 @@ struct HlwqColumns {
   __device__ float square_sum() const {
     float total = 0;
 #pragma unroll
-    for (int i = 0; i < 4; i++) total = fmaf(float(x[i]), float(x[i]), total);
+    for (int i = 0; i < 8; i++) total = fmaf(float(x[i]), float(x[i]), total);
     return total;
   }
 };
@@ -142,8 +158,9 @@ struct HlwqCodes {
       for (int u = 0; u < UNROLL; u++)
         if (EXACT || chunk * UNROLL + u < blocks)
           hlwq_load<WORDS>(codes + size_t((first + u) * 4 + quarter) * WORDS, words[u][i]);
-      if constexpr (EXACT && UNROLL == 4) {
-        *(uint2*)norm[i] = __ldcs((const uint2*)(norms + first));
+      if constexpr (EXACT && UNROLL % 4 == 0) {
+#pragma unroll
+        for (int u = 0; u < UNROLL; u += 4) *(uint2*)(norm[i] + u) = __ldcs((const uint2*)(norms + first + u));
       } else if constexpr (EXACT && UNROLL == 2) {
         *(uint32_t*)norm[i] = __ldcs((const uint32_t*)(norms + first));
       } else {
@@ -177,6 +194,7 @@ __device__ void hlwq_gemv_mma(
   static_assert(!SWIGLU || M == 1, "one row");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int quarter = lane % 4, row_of_8 = lane / 4;
+  const uint32_t own = hlwq_opaque(4 * lane);
   const int blocks = (K + BLOCK - 1) / BLOCK, chunks = (blocks + Codes::UNROLL - 1) / Codes::UNROLL;
   const int steps = (chunks + warps - 1) / warps;
   const int outputs = N / TILES, groups = (outputs + 15) / 16;
@@ -193,7 +211,7 @@ __device__ void hlwq_gemv_mma(
 
   const uint32_t first_pair = hlwq_pair<T>(table, threadIdx.x);
   HlwqColumns<T> columns;
-  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * 4, K);
+  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * 8, K);
   Codes ring[HLWQ_RING];
   HlwqPiece ahead = {0, 0, int(blockIdx.x)}, now = ahead;
   auto load_ahead = [&](Codes& into) {
@@ -211,7 +229,7 @@ __device__ void hlwq_gemv_mma(
     float squares = columns.square_sum();
     for (int step = 1; step < steps; step++) {
       HlwqColumns<T> more;
-      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * 4, K);
+      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * 8, K);
       squares += more.square_sum();
     }
     squares = hlwq_warp_sum(squares);
@@ -221,15 +239,15 @@ __device__ void hlwq_gemv_mma(
   }
   if (M == 1) {
     for (int step = 0; step < steps; step++) {
-      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * 4;
+      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * 8;
       if (step) columns.load(xs, add, scale, k, K);
       if (add && blockIdx.x == 0)
 #pragma unroll
-        for (int i = 0; i < 4; i++)
+        for (int i = 0; i < 8; i++)
           if (k + i < K) sum_out[k + i] = columns.x[i];
-      float values[4];
+      float values[8];
 #pragma unroll
-      for (int i = 0; i < 4; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
+      for (int i = 0; i < 8; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
       hlwq_rotate_columns<T, BLOCK>(values, lane, rotated + step * HLWQ_COLUMNS);
     }
   }
@@ -247,15 +265,16 @@ __device__ void hlwq_gemv_mma(
       for (int u = 0; u < Codes::UNROLL; u++) {
         const int block = chunk * Codes::UNROLL + u;
         if (!EXACT && block >= blocks) break;
-        const T* operand = M == 1 ? rotated + (now.step * Codes::UNROLL + u) * BLOCK : xs + (row_of_8 * blocks + block) * BLOCK;
+        // columns beyond M of the product repeat row M - 1, and nobody reads them
+        const T* operand = M == 1 ? rotated + (now.step * Codes::UNROLL + u) * BLOCK
+                                  : xs + (min(row_of_8, M - 1) * blocks + block) * BLOCK;
         float part[2][4] = {};  // two sums, so that a product need not wait for the one before
 #pragma unroll
         for (int w = 0; w < Codes::WORDS; w++) {
-          uint4 v = {0, 0, 0, 0};
-          if (row_of_8 < M) v = *(const uint4*)(operand + (quarter * Codes::WORDS + w) * 8);
+          const uint4 v = *(const uint4*)(operand + (quarter * Codes::WORDS + w) * 8);
           uint32_t a[4], b[4];
-          hlwq_decode_pairs(pairs_s, lane, piece.words[u][0][w], a);
-          hlwq_decode_pairs(pairs_s, lane, piece.words[u][1][w], b);
+          hlwq_decode_pairs(pairs_s, own, piece.words[u][0][w], a);
+          hlwq_decode_pairs(pairs_s, own, piece.words[u][1][w], b);
           hlwq_mma<T>(part[0], a[0], b[0], a[1], b[1], v.x, v.y);
           hlwq_mma<T>(part[1], a[2], b[2], a[3], b[3], v.z, v.w);
         }
