@@ -175,10 +175,10 @@ def _gemv_mma(
     matrix = ("codes", "norms", "table", pointer, pairs_a_row, f"codes_shape[{codes.ndim - 2}]", k)
     exact = int(columns % (_COLUMNS * warps) == 0)
     sizes = {"T": x.dtype, "BLOCK": block_size, "M": rows, "EXACT": exact, "SWIGLU": int(swiglu)}
-    blocks = min(-(-shape[-1] // 16), max(_multiprocessors() * (_MAX_WARPS // warps) // pairs, 1))
+    blocks = min(-(-shape[-1] // 16), max(_multiprocessors() // pairs, 1))
     arguments = ("x", add_, scale_, f"{eps:.9e}f", *matrix, residual_, "out", sum_)
     rotated = 2 * steps * warps * _COLUMNS if rows == 1 else 0
-    parts = 4 * 2 * (2 if swiglu else 1) * _MAX_WARPS * (16 * rows + 1)
+    parts = 4 * 2 * (2 if swiglu else 1) * _MAX_WARPS * 16 * rows
     shared = 4 * (256 * 32 + _MAX_WARPS) + parts + rotated
     grid = (32 * warps * blocks, 1, pairs)
     return _launch("gemv_mma", arrays, sizes, grid, 32 * warps, results, arguments, max(shared, _PLAIN_SHARED))

@@ -5,15 +5,13 @@
 //
 // Codes are the 16 x 16 operand of mma.m16n8k16 and rows of x its 16 x 8 operand, so eight rows cost what one costs. K
 // may run in any order that both operands share: lane l takes quarter l % 4 of every block of the rows l / 4 and
-// l / 4 + 8, in loads of B / 8 bytes. A thread block computes 16 outputs, then the 16 that lie gridDim.x further; its
-// warps take 256 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the next RING pieces are
-// always on their way. Small loads (x, the table) are issued first, or they would wait behind.
+// l / 4 + 8, in loads of B / 8 bytes. A thread block, one a multiprocessor, computes 16 outputs, then the 16 that lie
+// gridDim.x further; its warps take 256 columns in turn. What it prepares (pairs, x) is prepared once, and codes of the
+// next RING pieces are always on their way. Small loads (x, the table) are issued first, or they would wait behind.
 //
 // Two codes are one lookup in shared memory, where each lane has its own copy of the 256 pairs: no bank conflicts, and
 // two integer instructions a pair. Decoding in registers (prmt) took four to five, and that pipe runs at half the issue
 // rate: counted in the machine code, 24576 x 4096 needed 17 us of it where an H200's memory needs 12.
-// A thread block has 16 warps, so a thread may take 128 registers: 32 warps with half the columns each took .5 to 1 us
-// more (H100), for what every warp does before its first product.
 // M == 1: a warp rotates the columns that it uses while its codes are on their way, which saves a launch.
 //
 // M == 1 may do more of a decoder's step, for fewer launches; a null pointer leaves a part out:
@@ -28,27 +26,29 @@ constexpr int HLWQ_COLUMNS = 256, HLWQ_MAX_WARPS = 16, HLWQ_RING = 2;
 
 // The centroids of the two codes of a byte.
 template <typename T>
-__device__ uint32_t hlwq_pair(const float* table, unsigned byte) {
+__device__ uint32_t hlwq_pair(const float* table, int byte) {
   alignas(4) const T two[2] = {T(table[byte & 15]), T(table[byte >> 4 & 15])};
   return *(const uint32_t*)two;
 }
 
-// The pairs of all bytes, 32 times: pairs[byte][lane]; half a row a thread. Neighboring threads write different banks.
-// `first`: this thread's first pair, loaded long before.
+// The pairs of all bytes, 32 times: pairs[byte][lane]. Neighboring threads write different banks. `first`: this thread's
+// first pair, loaded long before.
 template <typename T>
 __device__ void hlwq_stage_pairs(uint32_t first, const float* table, uint32_t* pairs) {
-  for (unsigned at = threadIdx.x; at < 512; at += blockDim.x) {
-    const unsigned byte = at % 256;
-    const uint32_t v = byte == threadIdx.x % 256 ? first : hlwq_pair<T>(table, byte);
+  for (int byte = threadIdx.x; byte < 256; byte += blockDim.x) {
+    const uint32_t v = byte == threadIdx.x ? first : hlwq_pair<T>(table, byte);
 #pragma unroll
-    for (unsigned i = 0; i < 4; i++) *(uint4*)(pairs + byte * 32 + ((at / 256 * 4 + i) ^ byte % 8) * 4) = {v, v, v, v};
+    for (int i = 0; i < 8; i++) *(uint4*)(pairs + byte * 32 + (byte + i) % 8 * 4) = {v, v, v, v};
   }
 }
 
-__device__ inline float hlwq_warp_sum(float v) {
+// Eight codes to four pairs, from the copy of this lane.
+__device__ inline void hlwq_decode_pairs(const uint32_t* pairs, int lane, uint32_t word, uint32_t (&out)[4]) {
 #pragma unroll
-  for (int mask = 16; mask; mask /= 2) v += __shfl_xor_sync(0xffffffffu, v, mask);
-  return v;
+  for (int i = 0; i < 4; i++) {
+    const uint32_t row = i ? word >> (8 * i - 7) : word << 7;  // of 128 bytes
+    out[i] = *(const uint32_t*)((const char*)pairs + (row & 0x7f80u | 4 * lane));
+  }
 }
 
 template <typename T>
@@ -57,21 +57,6 @@ template <>
 constexpr bool hlwq_is_half<__half> = true;
 
 #ifdef __CUDACC__
-// v, in a way that the assembler takes for something unknown: a bit less its lowest bit is 0. Where it knows that a lane
-// is threadIdx.x % 32 it takes the remainder anew for every lookup, a third integer instruction.
-__device__ inline uint32_t hlwq_opaque(uint32_t v) {
-  uint32_t bit;
-  asm("mov.u32 %0, %%lanemask_eq;" : "=r"(bit));
-  return v + (bit & (bit - 1));
-}
-
-// The word `offset` bytes from `shared` on; by a generic pointer each took an addition more.
-__device__ inline uint32_t hlwq_load_shared(const uint32_t* shared, uint32_t offset) {
-  uint32_t v;
-  asm("ld.shared.u32 %0, [%1];" : "=r"(v) : "r"(uint32_t(__cvta_generic_to_shared(shared)) + offset));
-  return v;
-}
-
 // d += A B: A 16 x 16 (rows l / 4 and l / 4 + 8 of lane l), B 16 x 8, d 16 x 8 in float.
 template <typename T>
 __device__ void hlwq_mma(
@@ -88,48 +73,41 @@ __device__ void hlwq_mma(
 }
 #endif
 
-// Eight codes to four pairs, from the copy of this lane; `own` is its first byte in a row of copies.
-__device__ inline void hlwq_decode_pairs(const uint32_t* pairs, uint32_t own, uint32_t word, uint32_t (&out)[4]) {
+// V columns of a row from k on; zeros beyond K.
+template <typename T, int V>
+__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[V]) {
+  if (k + V <= K && size_t(row + k) % 16 == 0) {
 #pragma unroll
-  for (int i = 0; i < 4; i++) {
-    const uint32_t row = i ? word >> (8 * i - 7) : word << 7;  // of 128 bytes
-    out[i] = hlwq_load_shared(pairs, row & 0x7f80u | own);
-  }
-}
-
-// Eight columns of a row from k on; zeros beyond K.
-template <typename T>
-__device__ void hlwq_load_columns(const T* row, int k, int K, T (&values)[8]) {
-  if (k + 8 <= K && size_t(row + k) % 16 == 0) {
-    *(uint4*)values = *(const uint4*)(row + k);
+    for (int i = 0; i < V / 8; i++) ((uint4*)values)[i] = ((const uint4*)(row + k))[i];
   } else {
 #pragma unroll
-    for (int i = 0; i < 8; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
+    for (int i = 0; i < V; i++) values[i] = k + i < K ? row[k + i] : T(0.0f);
   }
 }
 
-// The columns of a warp, eight a lane, rotated to `out`, which is the warp's.
-template <typename T, int BLOCK>
-__device__ void hlwq_rotate_columns(float (&v)[8], int lane, T* out) {
-  hlwq_transform<8, BLOCK / 8>(v, lane);
-  alignas(16) T rotated[8];
+// The columns of a warp, V a lane, rotated to `out`, which is the warp's and 16-byte aligned.
+template <typename T, int BLOCK, int V>
+__device__ void hlwq_rotate_columns(float (&v)[V], int lane, T* out) {
+  hlwq_transform<V, BLOCK / V>(v, lane);
+  alignas(16) T rotated[V];
 #pragma unroll
-  for (int i = 0; i < 8; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
-  *(uint4*)(out + lane * 8) = *(const uint4*)rotated;
+  for (int i = 0; i < V; i++) rotated[i] = T(v[i] * rsqrtf(float(BLOCK)));
+#pragma unroll
+  for (int i = 0; i < V / 8; i++) ((uint4*)(out + lane * V))[i] = ((const uint4*)rotated)[i];
 }
 
-// What a lane holds of x: eight columns, with `add` added in; and of `scale`.
-template <typename T>
+// What a lane holds of x: V columns, with `add` added in; and of `scale`.
+template <typename T, int V>
 struct HlwqColumns {
-  alignas(16) T x[8], scale[8];
+  alignas(16) T x[V], scale[V];
 
   __device__ void load(const T* row, const T* add, const T* weights, int k, int K) {
     hlwq_load_columns(row, k, K, x);
     if (add) {
-      alignas(16) T more[8];
+      alignas(16) T more[V];
       hlwq_load_columns(add, k, K, more);
 #pragma unroll
-      for (int i = 0; i < 8; i++) x[i] = T(float(x[i]) + float(more[i]));
+      for (int i = 0; i < V; i++) x[i] = T(float(x[i]) + float(more[i]));
     }
     if (weights) hlwq_load_columns(weights, k, K, scale);
   }
@@ -137,7 +115,7 @@ struct HlwqColumns {
   __device__ float square_sum() const {
     float total = 0;
 #pragma unroll
-    for (int i = 0; i < 8; i++) total = fmaf(float(x[i]), float(x[i]), total);
+    for (int i = 0; i < V; i++) total = fmaf(float(x[i]), float(x[i]), total);
     return total;
   }
 };
@@ -147,17 +125,17 @@ template <int BLOCK, int EXACT>
 struct HlwqCodes {
   static constexpr int UNROLL = HLWQ_COLUMNS / BLOCK, WORDS = BLOCK / 32;  // blocks; words of a quarter of one
   uint32_t words[UNROLL][2][WORDS];
-  alignas(8) __half norm[2][UNROLL];
+  alignas(16) __half norm[2][UNROLL];
 
-  // `row`: of the first 8, the lane's; `last`: no row beyond is read. N * Kp / 32 fits 31 bits, as MLX's indices do.
+  // `row`: of the first 8, the lane's; `last`: no row beyond is read
   __device__ void load(const uint32_t* codes, const __half* norms, int row, int last, int blocks, int chunk, int quarter) {
 #pragma unroll
     for (int i = 0; i < 2; i++) {
-      const int first = min(row + 8 * i, last) * blocks + chunk * UNROLL;
+      const size_t first = size_t(min(row + 8 * i, last)) * blocks + chunk * UNROLL;
 #pragma unroll
       for (int u = 0; u < UNROLL; u++)
         if (EXACT || chunk * UNROLL + u < blocks)
-          hlwq_load<WORDS>(codes + size_t((first + u) * 4 + quarter) * WORDS, words[u][i]);
+          hlwq_load<WORDS>(codes + ((first + u) * 4 + quarter) * WORDS, words[u][i]);
       if constexpr (EXACT && UNROLL % 4 == 0) {
 #pragma unroll
         for (int u = 0; u < UNROLL; u += 4) *(uint2*)(norm[i] + u) = __ldcs((const uint2*)(norms + first + u));
@@ -190,11 +168,10 @@ __device__ void hlwq_gemv_mma(
     const T* x, const T* add, const T* scale, float eps, const uint32_t* codes, const __half* norms, const float* table,
     const uint32_t* experts, int pairs_a_row, int N, int K, const T* residual, T* y, T* sum_out) {
   using Codes = HlwqCodes<BLOCK, EXACT>;
-  constexpr int TILES = SWIGLU ? 2 : 1;
+  constexpr int V = HLWQ_COLUMNS / 32, TILES = SWIGLU ? 2 : 1;
   static_assert(!SWIGLU || M == 1, "one row");
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   const int quarter = lane % 4, row_of_8 = lane / 4;
-  const uint32_t own = hlwq_opaque(4 * lane);
   const int blocks = (K + BLOCK - 1) / BLOCK, chunks = (blocks + Codes::UNROLL - 1) / Codes::UNROLL;
   const int steps = (chunks + warps - 1) / warps;
   const int outputs = N / TILES, groups = (outputs + 15) / 16;
@@ -203,15 +180,14 @@ __device__ void hlwq_gemv_mma(
   codes += matrix * (BLOCK / 8), norms += matrix;
 
   extern __shared__ uint4 hlwq_shared[];
-  constexpr int PARTS = 16 * M, ROW = PARTS + 1;                         // outputs of a tile; one more: no bank conflicts
-  uint32_t* pairs_s = (uint32_t*)hlwq_shared;                            // [256][32]
-  T* rotated = (T*)(pairs_s + 256 * 32) + warp * steps * HLWQ_COLUMNS;   // [steps * HLWQ_COLUMNS], this warp's
-  float* squares_s = (float*)((T*)(pairs_s + 256 * 32) + (M == 1 ? warps * steps * HLWQ_COLUMNS : 0));  // [warps]
-  auto parts_s = (float(*)[HLWQ_MAX_WARPS][ROW])(squares_s + HLWQ_MAX_WARPS);                           // [2 * TILES]
+  uint32_t* pairs_s = (uint32_t*)hlwq_shared;                                    // [256][32]
+  float* squares_s = (float*)(pairs_s + 256 * 32);                               // [HLWQ_MAX_WARPS]
+  auto parts_s = (float(*)[HLWQ_MAX_WARPS][16][M])(squares_s + HLWQ_MAX_WARPS);  // [2 * TILES]
+  T* rotated = (T*)(parts_s + 2 * TILES) + warp * steps * HLWQ_COLUMNS;          // [steps * HLWQ_COLUMNS], this warp's
 
   const uint32_t first_pair = hlwq_pair<T>(table, threadIdx.x);
-  HlwqColumns<T> columns;
-  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * 8, K);
+  HlwqColumns<T, V> columns;
+  if (M == 1) columns.load(xs, add, scale, warp * HLWQ_COLUMNS + lane * V, K);
   Codes ring[HLWQ_RING];
   HlwqPiece ahead = {0, 0, int(blockIdx.x)}, now = ahead;
   auto load_ahead = [&](Codes& into) {
@@ -220,37 +196,41 @@ __device__ void hlwq_gemv_mma(
                 ahead.group * 16 + row_of_8, outputs - 1, blocks, ahead.step * warps + warp, quarter);
     ahead.advance(steps, TILES);
   };
-#pragma unroll
-  for (int r = 0; r < HLWQ_RING; r++) load_ahead(ring[r]);
+  load_ahead(ring[0]);
 
   hlwq_stage_pairs<T>(first_pair, table, pairs_s);
   float factor = 1;
   if (scale) {
     float squares = columns.square_sum();
     for (int step = 1; step < steps; step++) {
-      HlwqColumns<T> more;
-      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * 8, K);
+      HlwqColumns<T, V> more;
+      more.load(xs, add, nullptr, (step * warps + warp) * HLWQ_COLUMNS + lane * V, K);
       squares += more.square_sum();
     }
-    squares = hlwq_warp_sum(squares);
+#pragma unroll
+    for (int mask = 16; mask; mask /= 2) squares += __shfl_xor_sync(0xffffffffu, squares, mask);
     if (lane == 0) squares_s[warp] = squares;
     __syncthreads();
-    factor = rsqrtf(hlwq_warp_sum(lane < warps ? squares_s[lane] : 0.0f) / K + eps);
+    squares = 0;
+    for (int i = 0; i < warps; i++) squares += squares_s[i];
+    factor = rsqrtf(squares / K + eps);
   }
   if (M == 1) {
     for (int step = 0; step < steps; step++) {
-      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * 8;
+      const int k = (step * warps + warp) * HLWQ_COLUMNS + lane * V;
       if (step) columns.load(xs, add, scale, k, K);
       if (add && blockIdx.x == 0)
 #pragma unroll
-        for (int i = 0; i < 8; i++)
+        for (int i = 0; i < V; i++)
           if (k + i < K) sum_out[k + i] = columns.x[i];
-      float values[8];
+      float values[V];
 #pragma unroll
-      for (int i = 0; i < 8; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
+      for (int i = 0; i < V; i++) values[i] = float(columns.x[i]) * (scale ? factor * float(columns.scale[i]) : 1.0f);
       hlwq_rotate_columns<T, BLOCK>(values, lane, rotated + step * HLWQ_COLUMNS);
     }
   }
+#pragma unroll
+  for (int r = 1; r < HLWQ_RING; r++) load_ahead(ring[r]);
   __syncthreads();
 
   float sum[4] = {};
@@ -265,16 +245,15 @@ __device__ void hlwq_gemv_mma(
       for (int u = 0; u < Codes::UNROLL; u++) {
         const int block = chunk * Codes::UNROLL + u;
         if (!EXACT && block >= blocks) break;
-        // columns beyond M of the product repeat row M - 1, and nobody reads them
-        const T* operand = M == 1 ? rotated + (now.step * Codes::UNROLL + u) * BLOCK
-                                  : xs + (min(row_of_8, M - 1) * blocks + block) * BLOCK;
+        const T* operand = M == 1 ? rotated + (now.step * Codes::UNROLL + u) * BLOCK : xs + (row_of_8 * blocks + block) * BLOCK;
         float part[2][4] = {};  // two sums, so that a product need not wait for the one before
 #pragma unroll
         for (int w = 0; w < Codes::WORDS; w++) {
-          const uint4 v = *(const uint4*)(operand + (quarter * Codes::WORDS + w) * 8);
+          uint4 v = {0, 0, 0, 0};
+          if (row_of_8 < M) v = *(const uint4*)(operand + (quarter * Codes::WORDS + w) * 8);
           uint32_t a[4], b[4];
-          hlwq_decode_pairs(pairs_s, own, piece.words[u][0][w], a);
-          hlwq_decode_pairs(pairs_s, own, piece.words[u][1][w], b);
+          hlwq_decode_pairs(pairs_s, lane, piece.words[u][0][w], a);
+          hlwq_decode_pairs(pairs_s, lane, piece.words[u][1][w], b);
           hlwq_mma<T>(part[0], a[0], b[0], a[1], b[1], v.x, v.y);
           hlwq_mma<T>(part[1], a[2], b[2], a[3], b[3], v.z, v.w);
         }
@@ -292,21 +271,22 @@ __device__ void hlwq_gemv_mma(
 #pragma unroll
       for (int i = 0; i < 4; i++) {
         const int m = 2 * quarter + i % 2;
-        if (m < M) parts[tile][warp][(row_of_8 + i / 2 * 8) * M + m] = sum[i];
+        if (m < M) parts[tile][warp][row_of_8 + i / 2 * 8][m] = sum[i];
         sum[i] = 0;
       }
       if (tile + 1 < TILES) continue;
       __syncthreads();
       buffer ^= 1;
-      for (int at = warp; at < PARTS; at += warps) {  // a warp an output: its lanes hold the parts of the warps
-        float total = hlwq_warp_sum(lane < warps ? parts[0][lane][at] : 0.0f);
-        if (SWIGLU) {
-          const float other = hlwq_warp_sum(lane < warps ? parts[TILES - 1][lane][at] : 0.0f);
-          total *= other / (1 + expf(-total));
+      for (int i = threadIdx.x; i < 16 * M; i += blockDim.x) {
+        const int m = i / 16, at = i % 16, row = group * 16 + at;
+        float total = 0, other = 0;
+        for (int j = 0; j < warps; j++) {
+          total += parts[0][j][at][m];
+          if (SWIGLU) other += parts[TILES - 1][j][at][m];
         }
-        const int row = group * 16 + at / M;
-        const size_t to = (pair + at % M) * outputs + row;
-        if (lane == 0 && row < outputs) y[to] = T(residual ? total + float(residual[to]) : total);
+        if (SWIGLU) total *= other / (1 + expf(-total));
+        const size_t to = (pair + m) * outputs + row;
+        if (row < outputs) y[to] = T(residual ? total + float(residual[to]) : total);
       }
     }
   }

@@ -32,8 +32,6 @@ auto min(A a, B b) {
 }
 inline float rsqrtf(float v) { return 1.0f / std::sqrt(v); }
 inline void sincosf(float angle, float* sine, float* cosine) { *sine = std::sin(angle), *cosine = std::cos(angle); }
-inline uint32_t hlwq_opaque(uint32_t v) { return v; }
-inline uint32_t hlwq_load_shared(const uint32_t* shared, uint32_t offset) { return shared[offset / 4]; }
 template <typename T>
 T __ldcs(const T* from) {
   return *from;
