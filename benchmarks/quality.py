@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -24,17 +25,14 @@ import torch
 
 from benchmarks import quality_peers as peers
 from benchmarks.quality_ggml import Ggml, ggml_library, iq4_xs, q4_k_m
+from benchmarks.quality_recipes import recipes
 from convert import feedback
-from convert.allocate import AUTO_BITS, PROBE_BITS, Option, allocate, relative_error
 from convert.calibrate import Outcome, calibrate, round_head, split_windows
-from convert.code_store import CodeStore, row_digests
+from convert.code_store import CodeStore, StoredEncoder, row_digests
 from convert.evaluate import Comparison, compare, load_transformers
 from convert.format import ModuleSpec, default_block_size
 from convert.layer_walk import LayerRun, decoder_layers, enter, record_calls
 from convert.plan import TIED_POWER, column_power
-from convert.recipe import SEEDS, Recipe, fused_key
-from convert.reference import Encoded
-from convert.sensitivity import measure
 
 CALIBRATION_WINDOWS = (
     128  # 65 536 tokens; 64 windows gave a KL divergence 16 % larger on the same domain, 18 % on another
@@ -129,22 +127,29 @@ class Bench:
 
     def calibrated(self, bits: Mapping[str, int]) -> float:
         """Calibrate every linear layer; returns bits a weight."""
-        self.restore()
         specs = self.specs(bits)
-        by_row = {digest: specs[name] for digest, name in self.first_rows.items()}
-        with tempfile.TemporaryDirectory() as directory:
-            store = CodeStore(Path(directory) / "store", "")
-            outcome = calibrate(
-                self.model, self.calibration, lambda d: by_row.get(int(d[0])), store, device=self.device
-            )
-            print(outcome.text(), file=sys.stderr)
-            encoder = store.encoder()  # reads from the directory
+        with self.calibrated_codes(specs) as encoder:
 
             def decode(name: str, weight: torch.Tensor) -> peers.Decoded:
                 spec = specs[name]
-                return decoded(encoder(weight.cpu().numpy(), spec), spec, weight.device), spec.bits_per_weight
+                encoded = encoder(weight.cpu().numpy(), spec)
+                return feedback.rounding(encoded, spec, weight.device).weight(), spec.bits_per_weight
 
             return self.apply(decode)
+
+    @contextmanager
+    def calibrated_codes(self, specs: Mapping[str, ModuleSpec], *, alone: bool = False) -> Iterator[StoredEncoder]:
+        """Codes of every linear layer, in a directory that lasts as long as the context."""
+        self.restore()
+        by_row = {digest: specs[name] for digest, name in self.first_rows.items()}
+        with tempfile.TemporaryDirectory() as directory:
+            store = CodeStore(Path(directory) / "store", "")
+            started = time.monotonic()
+            outcome = calibrate(
+                self.model, self.calibration, lambda d: by_row.get(int(d[0])), store, alone=alone, device=self.device
+            )
+            print(f"{outcome.text()}\ncalibrated in {time.monotonic() - started:.1f} s", file=sys.stderr)
+            yield store.encoder()
 
     def evaluate(self, bits_per_weight: float) -> dict:
         """Figures of the model as it stands, on every text."""
@@ -214,16 +219,9 @@ def _embedding(bench: Bench, only: str) -> Variants:
             batches, held_out = split_windows(torch.from_numpy(bench.calibration).to(bench.device))
             round_head(bench.model, batches, held_out, lambda _: spec, store, Outcome())
             encoded = store.encoder()(original.cpu().numpy(), spec)
-        weight.copy_(decoded(encoded, spec, weight.device))
+        weight.copy_(feedback.rounding(encoded, spec, weight.device).weight())
         yield "embedding Q4 calibrated", spec.bits_per_weight
     weight.copy_(original)
-
-
-def decoded(encoded: Encoded, spec: ModuleSpec, device: torch.device) -> torch.Tensor:
-    """The weight float32 [N, K] that codes stand for."""
-    codes, norms = (torch.from_numpy(each).to(device) for each in encoded)
-    values = feedback.Rounding(codes.long(), norms.float(), spec).values()
-    return feedback.rotate_rows(values, spec.block_size)[:, : spec.in_features]
 
 
 def _gptq(bench: Bench, only: str) -> Variants:
@@ -289,64 +287,6 @@ def _ggml(bench: Bench, only: str) -> Variants:
                 yield name, bench.apply(lambda n, _, d=decoded: d[n])
 
 
-def _recipes(bench: Bench, only: str) -> Variants:
-    seeds_recipe = Recipe("seeds", SEEDS)
-    seeds = {
-        name: next(bits for pattern, bits in seeds_recipe.patterns.items() if _matches(name, pattern))
-        for name in bench.linears
-    }
-    uniform = dict.fromkeys(bench.linears, 4)
-    plans = {"uniform 4": uniform, "seeds": seeds}
-    sensitivities = _sensitivities(bench)
-    for name in list(plans):
-        plans[f"auto at the size of {name}"] = _auto(bench, sensitivities, _nbytes(bench, plans[name]))
-    for name, bits in plans.items():
-        if only in f"{name}, search":
-            yield f"{name}, search", bench.apply(lambda n, w, b=bits: peers.hlwq(w, b[n], column_power(n)))
-    for name, bits in plans.items():
-        if only in f"{name}, calibrated" and name != "uniform 4":  # which stands in the table `calibrated`
-            yield f"{name}, calibrated", bench.calibrated(bits)
-
-
-def _matches(name: str, pattern: str) -> bool:
-    from fnmatch import fnmatchcase
-
-    return fnmatchcase(name, pattern)
-
-
-def _nbytes(bench: Bench, bits: Mapping[str, int]) -> int:
-    return sum(spec.bytes_per_row * len(bench.linears[name]) for name, spec in bench.specs(bits).items())
-
-
-def _sensitivities(bench: Bench) -> dict[str, float]:
-    bench.restore()
-    specs = bench.specs(dict.fromkeys(bench.linears, PROBE_BITS))
-    groups = {digest: (fused_key(name), specs[name]) for digest, name in bench.first_rows.items()}
-    return measure(bench.model, bench.calibration[:4], lambda digests: groups.get(int(digests[0])))
-
-
-def _auto(bench: Bench, sensitivities: Mapping[str, float], budget: int) -> dict[str, int]:
-    members: dict[str, list[str]] = {}
-    for name in bench.linears:
-        members.setdefault(fused_key(name), []).append(name)
-    sizes = {
-        bits: {
-            name: spec.bytes_per_row * len(bench.linears[name])
-            for name, spec in bench.specs(dict.fromkeys(bench.linears, bits)).items()
-        }
-        for bits in AUTO_BITS
-    }
-    options = [
-        [
-            Option(bits, sum(sizes[bits][name] for name in names), sensitivities[group] * relative_error(bits))
-            for bits in AUTO_BITS
-        ]
-        for group, names in members.items()
-    ]
-    chosen = allocate(options, budget)
-    return {name: option.bits for names, option in zip(members.values(), chosen, strict=True) for name in names}
-
-
 TABLES: dict[str, Callable[[Bench, str], Variants]] = {
     "ablation": _simple(peers.ABLATION),
     "encoders": _simple(peers.HLWQ),
@@ -356,7 +296,7 @@ TABLES: dict[str, Callable[[Bench, str], Variants]] = {
     "gptq": _gptq,
     "ggml": _ggml,
     "detour": _simple(peers.DETOUR),
-    "recipes": _recipes,
+    "recipes": recipes,
     "gain": _simple(peers.UNIT_GAIN),
 }
 

@@ -19,14 +19,17 @@ if sys.argv[1:2] != ["eval"]:
 if not sys.stderr.isatty():
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
+import numpy as np
+
 from convert import describe, eval_command, model_run
+from convert.allocate import PROBE_BITS, auto_plans
 from convert.checkpoint import Checkpoint
 from convert.encoders import DEFAULT_ENCODER, ENCODERS
 from convert.errors import ConvertError
 from convert.format import BLOCK_SIZES, SUPPORTED_BITS, FormatError
 from convert.pipeline import Report, convert, output_config
 from convert.plan import Plan, make_plan
-from convert.recipe import DEFAULT_BITS, make_recipe
+from convert.recipe import DEFAULT_BITS, Recipe, make_recipe
 from convert.source import Source, open_source, refuse_quantized
 from convert.target import STYLES, TARGETS, Target, open_target
 from convert.tensors import DTYPES
@@ -148,6 +151,9 @@ def _convert(arguments: argparse.Namespace) -> int:
         recipe = make_recipe(arguments.recipe, arguments.bits, arguments.embed_bits, arguments.head_bits)
     dtype = UNQUANTIZED_DTYPES.get(arguments.dtype)
     planning = output is None or arguments.plan
+    probe = None
+    if recipe is None and arguments.encoder == model_run.CALIBRATED:
+        probe = (output or Path("plan")).with_name(f"{(output or Path('plan')).name}.probe")
     runs_model = recipe is None or (arguments.encoder == model_run.CALIBRATED and not planning)
     staging = None if planning and not runs_model else _staging_beside(output or Path("plan"))
     origin = {"revision": arguments.revision, "token": arguments.token, "progress_bar": _progress}
@@ -158,20 +164,41 @@ def _convert(arguments: argparse.Namespace) -> int:
         model = model_run.SourceModel.load(source, arguments.calibration, arguments.device) if runs_model else None
         if recipe is None:
             assert model
-            with _progress(None, "groups") as progress:
-                recipe = model.recipe(arguments, target, dtype, progress)
+            recipe = _auto_recipe(arguments, model, target, dtype, probe)
         plan = make_plan(target.tensors, recipe, arguments.block_size, dtype)
         if arguments.target == "cuda":
             plan = plan.guarded()
         document = describe.plan_document(plan, output_config(target, plan))
-        if output is None or arguments.plan:
-            _print(arguments, document, describe.plan_text(document))
-            return 0
-        if arguments.recipe == model_run.AUTO:
-            print(describe.plan_text(document), file=sys.stderr)
-        report = _write(arguments, source, target, plan, model, output)
-    _print(arguments, describe.report_document(report), describe.report_text(report))
+        report = None
+        if not planning:
+            assert output
+            if arguments.recipe == model_run.AUTO:
+                print(describe.plan_text(document), file=sys.stderr)
+            report = _write(arguments, source, target, plan, model, output)
+    if probe is not None:
+        shutil.rmtree(probe)
+    if report is None:
+        _print(arguments, document, describe.plan_text(document))
+    else:
+        _print(arguments, describe.report_document(report), describe.report_text(report))
     return 0
+
+
+def _auto_recipe(
+    arguments: argparse.Namespace,
+    model: model_run.SourceModel,
+    target: Target,
+    dtype: np.dtype | None,
+    probe: Path | None,
+) -> Recipe:
+    """Recipe auto, measured with codes of search, or where there is a directory for them with calibrated ones."""
+    encoder = None
+    if probe is not None:
+        plan = auto_plans(target, arguments.block_size, dtype)[PROBE_BITS]
+        with _progress(None, "layers") as progress:
+            encoder, _ = model.calibrated(target, plan, probe, progress, alone=True)
+    with _progress(None, "groups") as progress:
+        return model.recipe(arguments, target, dtype, encoder, progress)
 
 
 def _write(

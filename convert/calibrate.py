@@ -15,6 +15,9 @@ Tokens count by how much the model's predictions depend on them (token_weights.p
 The output head comes first, since a tied one is also the embedding whose output all layers see; it is rounded against
 what it reads in the unquantized model.
 
+Recipe `auto` measures with codes of another kind: every matrix rounded `alone`, against its inputs in the unquantized
+model. Then nothing is replaced, both streams are one, and there is no error to undo.
+
 A result is accepted only if its output error on held-out windows is lower than that of the search encoder.
 """
 
@@ -70,13 +73,15 @@ def calibrate(
     spec_of: SpecOf,
     store: CodeStore,
     *,
+    alone: bool = False,
     device: str = "cpu",
     progress: Callable[[int], object] = lambda layers: None,
 ) -> Outcome:
     """Fill `store` with codes for the matrices of `model`'s decoder layers that `spec_of` gives a spec.
 
     model: a transformers causal language model in the dtype of its files, on `device` or not. windows: int64
-    [windows, length], the tokens to calibrate on. Layers that the store already holds are read from it.
+    [windows, length], the tokens to calibrate on. Layers that the store already holds are read from it. alone: round
+    every matrix as if it were the only one; else what comes later sees its error.
     """
     import torch
 
@@ -93,11 +98,13 @@ def calibrate(
         squares: list[LayerWeights] = [{} for _ in layers]
         if not all(store.has(_layer_name(index)) for index in range(len(layers))):
             squares = gradient_squares(model, layers, torch.cat(batches))
-        embedding = model.get_input_embeddings().weight
-        original = embedding.detach().clone()
-        _quantize_embedding(embedding, spec_of, store)
-        hidden = [state.to(device) for state in enter(model, layers, batches)]
-        embedding.copy_(original)
+        hidden = exact
+        if not alone:
+            embedding = model.get_input_embeddings().weight
+            original = embedding.detach().clone()
+            _quantize_embedding(embedding, spec_of, store)
+            hidden = [state.to(device) for state in enter(model, layers, batches)]
+            embedding.copy_(original)
         for index, layer in enumerate(layers):
             run = LayerRun(layer, calls[index], device)
             name = _layer_name(index)
@@ -108,6 +115,8 @@ def calibrate(
                 stages = run.stages(hidden[0])
                 streams = list(zip(hidden, exact, strict=True))
                 for number, stage in enumerate(stages):
+                    if alone:
+                        run.restore()
                     later = [each for following in stages[number + 1 :] for group in following for each in group]
                     results += _round_stage(
                         run, stage, later, streams, held_out, squares[index], spec_of, f"{name}.", outcome
@@ -115,7 +124,7 @@ def calibrate(
                 results += _search_the_rest(run, stages, spec_of, f"{name}.", outcome)
                 store.save(name, results)
             exact = [run.run(state, exact=True) for state in exact]
-            hidden = [run.run(state) for state in hidden]
+            hidden = exact if alone else [run.run(state) for state in hidden]
             progress(1)
     return outcome
 
@@ -134,6 +143,14 @@ def split_windows(windows: torch.Tensor) -> tuple[list[torch.Tensor], list[bool]
         for index in range(len(batches))
     ]
     return batches, held_out
+
+
+def judging_windows(windows: np.ndarray) -> np.ndarray:
+    """The windows that no codes are fitted to, int64 [n, length], at least one."""
+    import torch
+
+    batches, held_out = split_windows(torch.from_numpy(windows))
+    return torch.cat([batch for batch, judging in zip(batches, held_out, strict=True) if judging]).numpy()
 
 
 def round_head(
@@ -284,7 +301,7 @@ def _round(
         state = feedback.round_with_feedback(target, hessian, norms, spec, ROUNDS)
     except feedback.SingularHessianError as error:
         return [(each, str(error)) for each in searched]
-    baseline = torch.cat([_rounding(each, spec, weight.device).values() for each in searched])
+    baseline = torch.cat([feedback.rounding(each, spec, weight.device).values() for each in searched])
     judges = judge.rotated(weight, spec.block_size)
     sizes = [len(original) for original in originals]
     ours, theirs = (
@@ -314,12 +331,4 @@ def _values(weight: torch.Tensor) -> np.ndarray:
 
 def _assign(weight: torch.Tensor, encoded: Encoded, spec: ModuleSpec) -> None:
     """Put the decoded weight in place of the original."""
-    decoded = feedback.rotate_rows(_rounding(encoded, spec, weight.device).values(), spec.block_size)
-    weight.data.copy_(decoded[:, : spec.in_features])
-
-
-def _rounding(encoded: Encoded, spec: ModuleSpec, device: torch.device) -> feedback.Rounding:
-    import torch
-
-    codes = torch.from_numpy(encoded.codes).to(device).long()
-    return feedback.Rounding(codes, torch.from_numpy(encoded.norms).to(device).float(), spec)
+    weight.data.copy_(feedback.rounding(encoded, spec, weight.device).weight())

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from convert.codebook import codebook
 from convert.format import ModuleSpec
-from convert.reference import hadamard
+from convert.reference import Encoded, hadamard
 
 if TYPE_CHECKING:
     import torch
@@ -59,6 +59,18 @@ class Rounding:
     def values(self) -> torch.Tensor:
         """The decoded weight in the rotated basis, float32 [N, Kp]."""
         return self.table[self.codes] * self.scales
+
+    def weight(self) -> torch.Tensor:
+        """The decoded weight, float32 [N, K]."""
+        return rotate_rows(self.values(), self.spec.block_size)[:, : self.spec.in_features]
+
+
+def rounding(encoded: Encoded, spec: ModuleSpec, device: torch.device) -> Rounding:
+    """What the codes and norms of a matrix stand for."""
+    import torch
+
+    codes, norms = (torch.from_numpy(each).to(device) for each in encoded)
+    return Rounding(codes.long(), norms.float(), spec)
 
 
 def rotate_rows(weight: torch.Tensor, block_size: int) -> torch.Tensor:

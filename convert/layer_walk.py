@@ -163,6 +163,11 @@ class LayerRun:
         """Every matrix that `linear` may be called with: parameters of two axes, and each expert of three."""
         return matrices(self._layer)
 
+    def restore(self) -> None:
+        """Put every original matrix back."""
+        for weight, original in zip(self.weights().values(), matrices(self._exact).values(), strict=True):
+            weight.copy_(original)
+
     def run(self, hidden: torch.Tensor, *, exact: bool = False, silent: Collection[str] = ()) -> torch.Tensor:
         """The output of the layer as it is now, or of the untouched copy; matrices that are `silent` add nothing."""
         layer = self._exact if exact else self._layer

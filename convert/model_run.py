@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from convert.allocate import auto_budget, auto_plans, auto_recipe
-from convert.calibrate import Outcome, calibrate
+from convert.calibrate import Outcome, calibrate, judging_windows
 from convert.code_store import CodeStore, StoredEncoder, row_digests
 from convert.encoders import Encoder
 from convert.errors import ConvertError
@@ -124,9 +124,12 @@ class SourceModel:
         return cls(source, model, windows[:CALIBRATION_WINDOWS], device)
 
     def calibrated(
-        self, target: Target, plan: Plan, directory: Path, progress: Progress
+        self, target: Target, plan: Plan, directory: Path, progress: Progress, *, alone: bool = False
     ) -> tuple[StoredEncoder, Outcome]:
-        """Codes for every layer of the plan, kept in `directory` so that a repeated run resumes."""
+        """Codes for every layer of the plan, kept in `directory` so that a repeated run resumes.
+
+        alone: every matrix is rounded as if it were the only one.
+        """
         specs = {digest: spec for digest, (_, spec) in _first_rows(target, {"": plan.quantized}).items()}
         layout = [(planned.tensor.name, str(planned.spec)) for planned in plan.quantized]
         store = CodeStore(directory, _fingerprint([self.source.identity, layout, self.text_digest]))
@@ -135,20 +138,33 @@ class SourceModel:
             self.windows,
             lambda digests: specs.get(int(digests[0])),
             store,
+            alone=alone,
             device=self.device,
             progress=progress,
         )
         return store.encoder(), outcome
 
     def recipe(
-        self, arguments: argparse.Namespace, target: Target, dtype: np.dtype | None, progress: Progress
+        self,
+        arguments: argparse.Namespace,
+        target: Target,
+        dtype: np.dtype | None,
+        probe: StoredEncoder | None,
+        progress: Progress,
     ) -> Recipe:
-        """Recipe auto for the target of bits or bytes in `arguments`."""
+        """Recipe auto for the target of bits or bytes in `arguments`.
+
+        probe: codes at PROBE_BITS of matrices that were calibrated alone; None measures with those of search.
+        """
+        windows = self.windows if probe is None else judging_windows(self.windows)
 
         def sensitivities(groups: Mapping[str, Sequence[PlannedTensor]]) -> dict[str, float]:
             rows = _first_rows(target, groups)
-            windows = self.windows[:PROBE_WINDOWS]
-            return measure(self.model, windows, lambda digests: rows.get(int(digests[0])), progress)
+
+            def group_of(digests: np.ndarray) -> tuple[str, ModuleSpec] | None:
+                return rows.get(int(digests[0]))
+
+            return measure(self.model, windows[:PROBE_WINDOWS], group_of, progress, encoder=probe)
 
         return auto_recipe(
             target,

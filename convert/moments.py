@@ -77,16 +77,18 @@ def gather(
     """Moments for fitting and for judging, of the inputs of every name that some token reaches.
 
     later: matrices of the layer that are used after these. states: hidden states in front of the layer of the
-    quantized and of the unquantized model, a pair for every batch. weights: of the tokens [windows, length], for every
-    batch; None where all count alike, as for experts.
+    quantized and of the unquantized model, a pair for every batch; the same tensor twice says that nothing before the
+    matrix is quantized. weights: of the tokens [windows, length], for every batch; None where all count alike, as for
+    experts.
     """
     fit: dict[str, Moments] = {}
     judge: dict[str, Moments] = {}
-    alone = len(names) == 1  # experts see other tokens when the router decides otherwise: no common tokens
-    writes = alone and run.writes(names[0], later, states[0][0])
+    # experts see other tokens when the router decides otherwise: no common tokens
+    differ = len(names) == 1 and states[0][0] is not states[0][1]
+    writes = differ and run.writes(names[0], later, states[0][0])
     for index, ((state, exact_state), judging) in enumerate(zip(states, held_out, strict=True)):
         seen = run.inputs(state, names)
-        seen_exact = run.inputs(exact_state, names, exact=True) if alone and not writes else {}
+        seen_exact = run.inputs(exact_state, names, exact=True) if differ and not writes else {}
         drift = None
         if writes:
             drift = run.run(exact_state, exact=True, silent=later) - run.run(state, silent=later)

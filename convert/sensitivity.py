@@ -9,6 +9,7 @@ import numpy as np
 
 from convert import feedback, search_torch
 from convert.code_store import row_digests
+from convert.encoders import Encoder
 from convert.format import ModuleSpec
 from convert.plan import TIED_POWER, column_power
 
@@ -22,11 +23,14 @@ def measure(
     windows: np.ndarray,
     group_of: Callable[[np.ndarray], tuple[str, ModuleSpec] | None],
     progress: Callable[[int], object] = lambda groups: None,
+    *,
+    encoder: Encoder | None = None,
 ) -> dict[str, float]:
     """Mean KL divergence from the unquantized model, nats a token, for every group that `group_of` names.
 
     model: a transformers causal language model on its device. windows: int64 [windows, length]. group_of: digest of a
-    matrix's first row -> its group and how to quantize it, None to leave it. The model is left as it was.
+    matrix's first row -> its group and how to quantize it, None to leave it. encoder: whose codes; None for search, on
+    the model's device. The model is left as it was.
     """
     import torch
 
@@ -51,7 +55,7 @@ def measure(
             originals = [weight.clone() for weight, *_ in members]
             for weight, spec, power in members:
                 for matrix in weight if weight.ndim == 3 else [weight]:
-                    matrix.copy_(quantized_by_search(matrix.float(), spec, power))
+                    matrix.copy_(_quantized(matrix.float(), spec, power, encoder))
             losses[name] = _mean_kl(reference, _log_softmax(model, batch))
             for (weight, *_), original in zip(members, originals, strict=True):
                 weight.copy_(original)
@@ -59,11 +63,12 @@ def measure(
     return losses
 
 
-def quantized_by_search(weight: torch.Tensor, spec: ModuleSpec, power: float) -> torch.Tensor:
-    """The decoded weight float32 [N, K] that the search encoder gives."""
+def _quantized(weight: torch.Tensor, spec: ModuleSpec, power: float, encoder: Encoder | None) -> torch.Tensor:
+    """The decoded weight float32 [N, K]."""
+    if encoder is not None:
+        return feedback.rounding(encoder(weight.cpu().numpy(), spec, power), spec, weight.device).weight()
     codes, norms = search_torch.encode(weight, spec, power)
-    values = feedback.Rounding(codes.long(), norms.float(), spec).values()
-    return feedback.rotate_rows(values, spec.block_size)[:, : spec.in_features]
+    return feedback.Rounding(codes.long(), norms.float(), spec).weight()
 
 
 def _log_softmax(model: nn.Module, batch: torch.Tensor) -> list[torch.Tensor]:

@@ -242,6 +242,23 @@ def test_auto_recipe_beats_uniform_at_equal_size(texts: dict[str, Path], tmp_pat
     assert auto < uniform
 
 
+def test_calibrated_auto_recipe_is_measured_with_calibrated_codes(texts: dict[str, Path], tmp_path: Path, capsys):
+    """Its plan is better for calibrated codes than the one that search's codes lead to."""
+    source = tiny_model("qwen3", tmp_path / "source", dtype="float32")
+    text = ("--calibration", str(texts["calibration"]))
+    auto = ("--recipe", "auto", "--target-bpw", "3.25", *text)
+    assert run(source, tmp_path / "searched", *auto) == 0
+    assert run(source, tmp_path / "auto", "--encoder", "calibrated", *auto) == 0
+    plan = {name: spec.bits for name, spec in Checkpoint.open(tmp_path / "searched").quantization.modules.items()}
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    options = ("--recipe", str(tmp_path / "plan.json"), "--encoder", "calibrated", *text)
+    assert run(source, tmp_path / "replanned", *options) == 0
+    assert bits_per_weight(tmp_path / "auto") <= 3.25
+    assert not list(tmp_path.glob("*.probe"))
+    ours, others = (divergence(tmp_path / name, source, texts["evaluation"], capsys) for name in ("auto", "replanned"))
+    assert ours < others
+
+
 def test_impossible_target_is_refused_before_the_model_is_loaded(tmp_path: Path, monkeypatch, capsys):
     source = tiny_model("llama", tmp_path / "source", dtype="float32")
     monkeypatch.setattr(model_run.SourceModel, "load", lambda *_: pytest.fail("loaded"))

@@ -45,6 +45,11 @@ def test_tables_that_run_the_model(data: Path, capsys: pytest.CaptureFixture):
     assert error["Hadamard + Lloyd-Max (HLWQ plain), 4 bits"] == error["HLWQ Q4 plain"]
     for encoder in ("search", "calibrated"):
         assert kl[f"auto at the size of seeds, {encoder}"] < kl[f"seeds, {encoder}"]
+    assert quality.main([str(data), "--windows", "2", "--table", "recipes", "--only", "uniform 4, calibrated"]) == 0
+    again = rows(capsys.readouterr().out)
+    assert list(again) == [
+        f"{row}uniform 4, calibrated" for row in ("", "auto at the size of ", "auto by search at the size of ")
+    ]
 
 
 def test_long_generation(data: Path, capsys: pytest.CaptureFixture):
