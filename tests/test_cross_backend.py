@@ -18,6 +18,7 @@ from tiny_models import tiny_model
 
 from convert.__main__ import main as convert_main
 from convert.checkpoint import Checkpoint
+from tests.mlx_startup import ensure_found
 from tests.triton_device import DEVICE
 
 TOKENS = [72, 101, 108, 108, 111, 44, 32, 119, 0, 255, 258, 111, 114]
@@ -67,6 +68,7 @@ def mlx_logits(directory: Path) -> np.ndarray:
     import mlx.core as mx
     from mlx_lm import load
 
+    ensure_found()
     model, _ = load(str(directory))
     return np.array(model(mx.array([TOKENS])).astype(mx.float32))[0].astype(np.float64)
 
