@@ -10,7 +10,8 @@ GPUs where everything else takes one, but in a pipeline of their own (github.com
 Kernels: ours by each way; MLX's affine kernel (qmv_fast), cut at run time from the headers of the installed mlx; and
 that of a peer with such codes, from the installed package jang (in the extra `test`).
 
-Time of a token = max(bytes / (bandwidth * efficiency), weights * slots / (lanes * clock * .6)) + launches * 3 us.
+Time of a token = max(bytes / (bandwidth * efficiency), weights * slots / (lanes * clock * .6)) + launches * 3 us,
+the launches counted as of 32 layers of Qwen3's form. (Qwen3.5's recurrent layers take more, whatever the weights.)
 Efficiency is set by the published speed of MLX's own 4-bit models where there is one, else .80.
 """
 
@@ -35,7 +36,17 @@ from tests.metal_cpu.kernel import EmulatedKernel
 
 COLUMNS, OUTPUTS = 4096, 4096
 WEIGHTS_9B = 5.1e9 * 8 / 4.5  # Qwen3.5-9B: MLX's 4-bit file is 5.1 GB at 4.5 bits a weight
-LAUNCHES, LAUNCH_SECONDS = 400, 3e-6
+LAYERS, LAUNCH_SECONDS = 32, 3e-6
+BESIDE = 5  # launches beside the layers: embedding, norm, rotation, head, choice of a token
+# Launches a layer, of affine: norm, q, k, v, 2 norms of heads, 2 rotary, 2 cache writes, attention, o, sum, norm, gate,
+# up, SwiGLU, down, sum.
+AFFINE = 19
+# Ours fused: norm, qkv, heads, 2 cache writes, attention, rotation, o + sum, norm, gate/up + SwiGLU, rotation, down and
+# sum.
+FUSED = 12
+# Ours of several rows: norm, rotation, qkv, 2 norms of heads, 2 rotary, 2 cache writes, attention, rotation, o, sum,
+# norm, rotation, gate/up, SwiGLU, rotation, down, sum.
+SEVERAL_ROWS = 20
 ALU_EFFICIENCY = 0.6
 ROWS = (2, 3, 4, 5, 6, 8)  # of x, at once
 
@@ -237,15 +248,20 @@ def jang() -> Count:
     return count(name, text, weights=4 * 16)
 
 
-def tokens_per_second(chip: Chip, bits_per_weight: float, slots: float) -> float:
-    """Of a 9-billion-parameter model."""
+def tokens_per_second(chip: Chip, bits_per_weight: float, slots: float, launches: int) -> float:
+    """Of a 9-billion-parameter model; `launches`: a layer."""
     efficiency = 0.80
-    launch = LAUNCHES * LAUNCH_SECONDS
     if chip.published:
-        efficiency = WEIGHTS_9B * 4.5 / 8 / (chip.gigabytes_per_second * 1e9 * (1 / chip.published - launch))
+        left = 1 / chip.published - _launch_seconds(AFFINE)
+        efficiency = WEIGHTS_9B * 4.5 / 8 / (chip.gigabytes_per_second * 1e9 * left)
     memory = WEIGHTS_9B * bits_per_weight / 8 / (chip.gigabytes_per_second * 1e9 * efficiency)
     arithmetic = WEIGHTS_9B * slots / (chip.cores * 128 * chip.gigahertz * 1e9 * ALU_EFFICIENCY)
-    return 1 / (max(memory, arithmetic) + launch)
+    return 1 / (max(memory, arithmetic) + _launch_seconds(launches))
+
+
+def _launch_seconds(launches: int) -> float:
+    """Of a token."""
+    return (LAYERS * launches + BESIDE) * LAUNCH_SECONDS
 
 
 def main() -> None:
@@ -273,16 +289,20 @@ def main() -> None:
     one_row = {name: value for name, value in kernels.items() if "M =" not in name}
     print("\npredicted tokens/s of a 9B: " + ", ".join(one_row))
     for chip_name, chip in CHIPS.items():
-        row = {name: round(tokens_per_second(chip, bits, c.slots), 1) for name, (c, bits) in one_row.items()}
+        row = {}
+        for name, (c, bits) in one_row.items():
+            # jang's rotations are not counted
+            launches = FUSED if name.startswith("HLWQ") else AFFINE
+            row[name] = round(tokens_per_second(chip, bits, c.slots, launches), 1)
         out["tokens/s, 9B"][chip_name] = {**row, "published, MLX affine": chip.published}
         print(f"{chip_name:9}", *(f"{value:6.1f}" for value in row.values()), "published", chip.published)
     print("\npredicted time of a step of M rows over that of one row, M =", *ROWS)
     alone, bits = kernels["HLWQ 4 bits, table"]
     for chip_name, chip in CHIPS.items():
         times = [kernels[f"HLWQ 4 bits, table, M = {rows}"][0].slots for rows in ROWS]
-        speed = tokens_per_second(chip, bits, alone.slots)
+        speed = tokens_per_second(chip, bits, alone.slots, FUSED)
         out["time of M rows over one"][chip_name] = row = {
-            rows: round(speed / tokens_per_second(chip, bits, slots), 2)
+            rows: round(speed / tokens_per_second(chip, bits, slots, SEVERAL_ROWS), 2)
             for rows, slots in zip(ROWS, times, strict=True)
         }
         print(f"{chip_name:9}", *(f"{value:6.2f}" for value in row.values()))

@@ -45,10 +45,13 @@ def selfcheck() -> Iterator[Result]:
     for dtype in DTYPES:
         for block_size in (128, 64, 32):
             yield _check_rotate(gpu, block_size, dtype)
+        yield _check_heads(gpu, dtype)
     for bits in SUPPORTED_BITS:
         for way in _ways(gpu, bits):
             for dtype in DTYPES:
                 yield _check_products(gpu, bits, way, dtype)
+                if gpu.fuses(_decoder(gpu, bits, 64, way), dtype):
+                    yield _check_fused(gpu, bits, way, dtype)
             yield _time_product(gpu, bits, way)
         yield _check_embedding(gpu, bits)
 
@@ -119,6 +122,59 @@ def _check_products(gpu: ModuleType, bits: int, way, dtype: mx.Dtype) -> Result:
         compare(y[i : i + 1], _rotated(x[i // 2 : i // 2 + 1], spec), weight[expert])
     compare(gpu.dequantize(codes[0], norms[0], dtype, decoder).T, np.eye(spec.in_features), weight[0])
     return Result(f"products {bits} bits {_way_name(way)}{dtype_name(dtype)}", worst, None)
+
+
+def _check_fused(gpu: ModuleType, bits: int, way, dtype: mx.Dtype) -> Result:
+    """What the products of fused layers take along: a residual; a sum and its norm; SwiGLU."""
+    spec, eps = ModuleSpec(bits, 64, 9 * 64), 1e-5
+    decoder = _decoder(gpu, bits, spec.block_size, way)
+    codes, norms = _packed(spec, 42)
+    weight = _rotated_weight(codes, norms, decoder, spec)
+    x, add, residual = (mx.random.normal((1, size)).astype(dtype) for size in (9 * 64, 9 * 64, 42))
+    scale = mx.random.uniform(0.5, 1.5, (9 * 64,)).astype(dtype)
+
+    def exact(x: mx.array) -> tuple[np.ndarray, np.ndarray]:
+        rotated = _rotated(x, spec)
+        return rotated @ weight.T, (2 * ROUNDING[dtype] + 2.0**-19) * (np.abs(rotated) @ np.abs(weight).T)
+
+    def error(y: mx.array, expected: np.ndarray, bound: np.ndarray) -> float:
+        return float((np.abs(_float64(y) - expected) / (bound + ROUNDING[dtype] * np.abs(expected))).max())
+
+    product, bound = exact(x)
+    y = gpu.product(x, codes, norms, decoder, residual)
+    errors = [error(y, product + _float64(residual), bound)]
+    with mx.stream(mx.cpu):
+        summed = x + add
+        normed = mx.fast.rms_norm(summed.astype(mx.float32), scale.astype(mx.float32), eps)
+    product, bound = exact(normed)
+    y, total = gpu.normed_product(x, scale, eps, codes, norms, decoder, add=add)
+    errors += [error(y, product, bound), error(total, _float64(summed), np.array(1e-6))]
+    (gate, other), (of_gate, of_other) = np.split(product, 2, axis=-1), np.split(bound, 2, axis=-1)
+    (y,) = gpu.normed_product(summed, scale, eps, codes, norms, decoder, swiglu=True)
+    # the slope of silu is at most 1.1
+    bound = 1.1 * of_gate * (np.abs(other) + of_other) + np.abs(gate) * of_other
+    errors.append(error(y, gate / (1 + np.exp(-gate)) * other, bound))
+    return Result(f"fused {bits} bits {_way_name(way)}{dtype_name(dtype)}", float(np.max(errors)), None)
+
+
+def _check_heads(gpu: ModuleType, dtype: mx.Dtype) -> Result:
+    position, dims, eps = mx.array(1234, mx.int32), 64, 1e-5
+    y = mx.random.normal((1, 1, 7 * 96)).astype(dtype)  # three heads of q, two of k and v
+    scales = [mx.random.uniform(0.5, 1.5, (96,)).astype(dtype) for _ in range(2)]
+    inv_freq = 10000.0 ** (-mx.arange(dims // 2) / (dims // 2))
+    found = gpu.heads(y, position, inv_freq, (3, 2), (scales[0], scales[1]), eps)
+    errors = []
+    with mx.stream(mx.cpu):
+        parts = mx.split(y.astype(mx.float32).reshape(1, 7, 1, 96), (3, 5), axis=1)
+        for i, scale in enumerate(scales):
+            normed = mx.fast.rms_norm(parts[i], scale.astype(mx.float32), eps)
+            rope = {"traditional": False, "base": None, "scale": 1.0, "offset": position, "freqs": 1 / inv_freq}
+            parts[i] = mx.fast.rope(normed, dims, **rope)
+        for got, part in zip(found, map(_float64, parts), strict=True):
+            # an angle, of up to 1234, is rounded to float32 more than once, and its sine on Metal is the fast one
+            bound = ROUNDING[dtype] * np.abs(part) + 8 * 1234 * 2.0**-24 * np.abs(part).max()
+            errors.append((np.abs(_float64(got) - part) / bound).max())
+    return Result(f"heads {dtype_name(dtype)}", float(np.max(errors)), None)
 
 
 def _check_embedding(gpu: ModuleType, bits: int) -> Result:

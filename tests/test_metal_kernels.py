@@ -7,6 +7,8 @@ and a result in half or bfloat is rounded once.
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -150,6 +152,131 @@ def test_gather_product(bits: int):
             y = metal.gather_product(x, packed.codes, packed.norms, mx.array(experts), packed.decoder)
             for i, expert in enumerate(experts):
                 assert_product(y[i : i + 1], rotated[i * rows // 6 : i * rows // 6 + 1], packed.rotated[expert])
+
+
+def assert_within(y: mx.array, exact: np.ndarray, bound: np.ndarray) -> None:
+    """y = exact within `bound` and one rounding to y's dtype."""
+    assert y.size == exact.size
+    got = float64(y).reshape(exact.shape)
+    assert (np.abs(got - exact) <= bound + ROUNDING[y.dtype] * (np.abs(exact) + bound)).all()
+
+
+def rotated_product(values: np.ndarray, dtype: mx.Dtype, packed: Packed) -> tuple[np.ndarray, np.ndarray]:
+    """The product of values that are to be rotated, and its bound where the rotated ones are rounded to `dtype`."""
+    rotated = reference.rotate(values, packed.spec.block_size)
+    magnitude = np.abs(rotated) @ np.abs(packed.rotated).T
+    return rotated @ packed.rotated.T, (FLOAT32 * (values.shape[-1] + 16) + ROUNDING[dtype]) * magnitude
+
+
+# bits, block, N, K, dtype: tails of N and K, fewer blocks than simdgroups and more, K of fewer than eight values
+NORMED = [
+    (4, 128, 42, 2200, mx.bfloat16),
+    (4, 64, 2, 64, mx.float16),
+    (3, 32, 10, 1100, mx.float16),
+    (8, 64, 22, 190, mx.bfloat16),
+    (5, 128, 6, 7, mx.float32),
+]
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("bits,block_size,outputs,columns,dtype", NORMED, ids=str)
+def test_normed_product(bits: int, block_size: int, outputs: int, columns: int, dtype: mx.Dtype, swiglu: bool):
+    """Of a norm and of a sum's norm, then SwiGLU or not."""
+    packed = Packed(ModuleSpec(bits, block_size, columns), (outputs,))
+    x, more, scale = (normal((1, 1, columns), dtype, seed) for seed in range(3))
+    for add in (None, more):
+        arrays = (x, scale[0, 0], 1e-5, packed.codes, packed.norms, packed.decoder)
+        with metal_cpu.emulated():
+            y, *total = metal.normed_product(*arrays, add=add, swiglu=swiglu)
+        summed = x if add is None else x + add
+        assert [mx.array_equal(value, summed).item() for value in total] == [True] * (add is not None)
+        values = float64(summed)[0]
+        normed = values / np.sqrt((values**2).mean() + 1e-5) * float64(scale)[0]
+        exact, bound = rotated_product(normed, dtype, packed)
+        if swiglu:
+            (gate, other), (of_gate, of_other) = np.split(exact, 2, axis=-1), np.split(bound, 2, axis=-1)
+            sigmoid = 1 / (1 + np.exp(-gate))
+            # the slope of silu is at most 1.1
+            exact, bound = gate * sigmoid * other, 1.1 * of_gate * (np.abs(other) + of_other) + np.abs(gate) * of_other
+        assert y.shape == (1, 1, exact.shape[-1])
+        assert_within(y, exact, bound)
+
+
+@pytest.mark.parametrize("bits,outputs,dtype", [(4, 37, mx.bfloat16), (6, 5, mx.float16)], ids=str)
+def test_residual(bits: int, outputs: int, dtype: mx.Dtype):
+    packed, x = Packed(ModuleSpec(bits, 64, 640), (outputs,)), normal((1, 1, 640), dtype)
+    residual = normal((1, 1, outputs), dtype, seed=1)
+    with metal_cpu.emulated():
+        y = metal.product(x, packed.codes, packed.norms, packed.decoder, residual)
+    exact, bound = rotated_product(float64(x)[0], dtype, packed)
+    assert y.shape == (1, 1, outputs)
+    assert_within(y, exact + float64(residual)[0], bound)
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize(
+    "head_dim,dims,dtype", [(128, 128, mx.bfloat16), (96, 64, mx.float16), (64, 64, mx.float32)], ids=str
+)
+def test_heads(head_dim: int, dims: int, dtype: mx.Dtype, normed: bool):
+    """Three heads of q, two of k and v; a rotary embedding of all values or of some."""
+    position, eps = 1234, 1e-6
+    y = normal((1, 1, 7 * head_dim), dtype)
+    scales = (normal((head_dim,), dtype, seed=1), normal((head_dim,), dtype, seed=2)) if normed else None
+    inv_freq = 10000.0 ** -np.linspace(0, 1, dims // 2, endpoint=False).astype(np.float32)
+    with metal_cpu.emulated():
+        found = metal.heads(y, mx.array(position, mx.int32), mx.array(inv_freq), (3, 2), scales, eps)
+    parts = np.split(float64(y).reshape(7, head_dim), (3, 5))
+    for i, scale in enumerate(scales or ()):
+        parts[i] = parts[i] / np.sqrt((parts[i] ** 2).mean(-1, keepdims=True) + eps) * float64(scale)
+    for i in range(2):
+        angle, half = position * inv_freq.astype(np.float64), dims // 2
+        a, b = parts[i][:, :half], parts[i][:, half:dims]
+        turned = [a * np.cos(angle) - b * np.sin(angle), a * np.sin(angle) + b * np.cos(angle)]
+        parts[i] = np.concatenate([*turned, parts[i][:, dims:]], axis=-1)
+    for got, expected in zip(found, parts, strict=True):
+        assert got.shape == (1, len(expected), 1, head_dim)
+        # the angle, of up to 1234, is rounded to float32
+        assert_within(got, expected, np.full(expected.shape, 2 * position * FLOAT32 * np.abs(expected).max()))
+
+
+# what is wrong, text, replacement, how it must be caught: "WRONG" is by the numbers
+FAULTS = [
+    (
+        "sums of squares are read before all are written",
+        "threadgroup_barrier(mem_flags::mem_threadgroup);\n  squares",
+        "squares",
+        "UNINITIALIZED|RACE",
+    ),
+    ("a barrier of one simdgroup", "threadgroup_barrier(mem", "simdgroup_barrier(mem", "UNINITIALIZED|RACE"),
+    ("sums of squares of simdgroups that are not there", "lane < simdgroups_per_threadgroup ?", "true ?", "UNINIT"),
+    ("every lane writes its simdgroup's sum", "if (lane == 0) squares_s", "squares_s", "RACE"),
+    ("values beyond K are read", "if (k < K) {", "{", "OUT OF BOUNDS"),
+    ("gate and other are rows of one half", "r / OUTPUTS * outputs + ", "", "WRONG"),
+    ("outputs beyond the last are written", " && row0 + r < outputs", "", "OUT OF BOUNDS"),
+]
+
+
+@pytest.mark.parametrize("what,old,new,finding", FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_the_emulator_sees(what: str, old: str, new: str, finding: str):
+    changed = []
+
+    def edit(text: str) -> str:
+        changed.append(old in text)
+        return text.replace(old, new)
+
+    packed = Packed(ModuleSpec(4, 64, 1100), (42,))
+    arrays = (normal((1, 1100), mx.float16), normal((1100,), mx.float16, 1), 1e-5, packed.codes, packed.norms)
+    with metal_cpu.emulated():
+        (expected,) = metal.normed_product(*arrays, packed.decoder, swiglu=True)
+    metal._kernel.cache_clear()
+    with metal_cpu.emulated(edit=edit):
+        try:
+            (y,) = metal.normed_product(*arrays, packed.decoder, swiglu=True)
+            verdict = "" if mx.array_equal(y, expected) else "WRONG"
+        except metal_cpu.EmulationError as caught:
+            verdict = str(caught)
+    metal._kernel.cache_clear()
+    assert any(changed) and re.search(finding, verdict), verdict or "not caught"
 
 
 @pytest.mark.parametrize("bits", SUPPORTED_BITS)

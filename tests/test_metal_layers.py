@@ -253,7 +253,7 @@ def test_selfcheck_passes_and_sees_a_wrong_kernel(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(selfcheck, "TIMED_SHAPE", (8, 128))
     results = {result.name: result for result in selfcheck.selfcheck()}
     assert all(result.passed for result in results.values())
-    assert {name.split()[0] for name in results} == {"rotate", "products", "speed", "embedding"}
+    assert {name.split()[0] for name in results} == {"rotate", "heads", "products", "fused", "speed", "embedding"}
     assert results["speed 4 bits polynomial M = 1"].gigabytes_per_second > 0
     real = metal.rotate
     monkeypatch.setattr(metal, "rotate", lambda x, block_size: real(x, block_size) * 1.01)

@@ -16,9 +16,10 @@ from fused_cases import NEARLY, NEARLY_ATTENTION, OTHER_ATTENTION, OTHERS, other
 from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 from plain_kernels import FusingKernels, PlainKernels, as_on_a_gpu
 
-from hlwq_mlx import cuda, fused, kernels, ops
+from hlwq_mlx import cuda, fused, kernels, metal, ops
 from hlwq_mlx.fused import fuse_layers
 from hlwq_mlx.steps import compile_steps
+from tests import metal_cpu
 from tests.metal_cpu import require
 from tests.mlx_cuda_cases import normal, on_device, on_gpu
 
@@ -146,13 +147,31 @@ def test_what_the_kernels_do_not_take(more: dict, fusing: None):
 
 
 def test_kernels_that_do_not_fuse_leave_the_layer_alone():
-    """As on Metal."""
+    """A backend may have none."""
     layer = one_layer()
     cls = type(layer)
     fuse_layers([layer])
     with as_on_a_gpu(PlainKernels()):
         run(layer)
     assert type(layer) is cls
+
+
+def test_fused_kernels_that_do_not_compile_leave_the_layer_alone(monkeypatch: pytest.MonkeyPatch):
+    """As on a Mac, where only the trial can find it out. One warning for all layers."""
+
+    def broken(*_, **__):
+        raise RuntimeError("[metal::Device] Unable to build metal library")
+
+    monkeypatch.setattr(FusingKernels, "normed_product", broken)
+    kernels._warn_once.cache_clear()
+    layers = [one_layer(), one_layer()]
+    cls, (plain, _) = type(layers[0]), run(layers[0])
+    fuse_layers(layers)
+    with as_on_a_gpu(FusingKernels()), pytest.warns(RuntimeWarning, match="fused layers do not run") as caught:
+        found, _ = run(layers[0])
+        run(layers[1])
+    assert len(caught) == 1 and all(type(layer) is cls for layer in layers)
+    assert all(relative_error(a, b) < 5e-2 for a, b in zip(found, plain, strict=True))  # bfloat16
 
 
 def test_other_calls_take_the_layer(fusing: None, taken: list):
@@ -247,4 +266,39 @@ def test_a_layer_by_its_kernels(change: Callable, part: str, launches: str, monk
             layer(normal(1, 1, 128, dtype=mx.bfloat16), None, KVCache())
     mx.enable_compile()
     kernels.kernels_for.cache_clear()
+    assert fused_parts([layer]) == [part] and launched == launches.split()
+
+
+METAL_AFTER = "normed_rotate gemv rotate gemv"  # from the sum before the feed-forward half to the sum after it
+
+
+@require.emulator
+@pytest.mark.parametrize(
+    "change,more,part,launches",
+    [
+        (lambda _: None, {}, "LayerStep", f"normed_rotate gemv heads rotate gemv {METAL_AFTER}"),
+        (other_rope, {"bits": 3, "dtype": mx.float16}, "HalfStep", f"rotate gemv rotate gemv {METAL_AFTER}"),
+    ],
+    ids=["layer", "half"],
+)
+def test_a_layer_by_its_metal_kernels(
+    change: Callable, more: dict, part: str, launches: str, monkeypatch: pytest.MonkeyPatch
+):
+    """As above; with two writes to the cache and attention, which are MLX's, a layer takes 12."""
+    launched, kernel = [], metal._kernel
+    monkeypatch.setattr(metal, "_kernel", lambda stem, *rest: launched.append(stem) or kernel(stem, *rest))
+    monkeypatch.setattr(kernels, "backend", lambda: metal)
+    monkeypatch.setattr(ops, "pick", lambda *_: ops.Path.KERNELS)
+    kernels.kernels_for.cache_clear()
+    kernel.cache_clear()
+    layer = one_layer(change, **more)
+    fuse_layers([layer])
+    mx.disable_compile()  # the emulator needs values, mx.compile traces without them
+    with metal_cpu.emulated():
+        for _ in range(2):
+            launched.clear()
+            layer(normal(1, 1, 128, dtype=more.get("dtype", mx.bfloat16)), None, KVCache())
+    mx.enable_compile()
+    kernels.kernels_for.cache_clear()
+    kernel.cache_clear()
     assert fused_parts([layer]) == [part] and launched == launches.split()

@@ -1,11 +1,18 @@
 // y = x W^T for few rows (docs/format.md, step 5): x T [rows, Kp] rotated, codes uint32 [.., N, Kp * b / 32],
 // norms half [.., N, Kp / B] -> y T [M, N]; HLWQ_GATHER: y T [pairs, N], one row against the matrix experts[pair].
+// HLWQ_RESIDUAL: + residual T [M, N]. HLWQ_SWIGLU: of N / 2 gates and N / 2 others, y = silu(gate) * other T [M, N / 2].
 //
 // The layout of MLX's affine kernel for few rows (qmv_fast): two simdgroups of four outputs each, a lane takes one chunk
 // of every row at a time (32 codes: 16 bytes at 4 bits), its activations serve four outputs, simd_sum at the end. Rows
-// beyond N are clamped, not skipped, so that trip counts stay fixed. A norm is applied once a chunk to the sums of up to
-// four rows of x; of more rows a second set of sums would not fit the registers, and it is applied to decoded values.
+// beyond the last are clamped, not skipped, so that trip counts stay fixed. A norm is applied once a chunk to the sums of
+// up to four rows of x; of more rows a second set of sums would not fit the registers, and it is applied to decoded
+// values.
   constexpr int ROWS = 4;
+#ifdef HLWQ_SWIGLU
+  constexpr int OUTPUTS = ROWS / 2;  // of a simdgroup: its first rows are gates, the last ones their others
+#else
+  constexpr int OUTPUTS = ROWS;
+#endif
   constexpr bool LATE = M <= 4;
 #ifdef HLWQ_ENTRIES
   threadgroup uint lookup_s[HLWQ_ENTRIES];
@@ -15,8 +22,9 @@
   const uint lane = thread_index_in_simdgroup;
   const int N = codes_shape[codes_ndim - 2], KP = x_shape[1];
   const int row_words = KP / 32 * HLWQ_BITS, row_blocks = KP / HLWQ_BLOCK;
-  const int row0 = (int(threadgroup_position_in_grid.y) * 2 + int(simdgroup_index_in_threadgroup)) * ROWS;
-  if (row0 >= N) return;
+  const int outputs = N / (ROWS / OUTPUTS);
+  const int row0 = (int(threadgroup_position_in_grid.y) * 2 + int(simdgroup_index_in_threadgroup)) * OUTPUTS;
+  if (row0 >= outputs) return;
 #ifdef HLWQ_GATHER
   const uint pair = threadgroup_position_in_grid.z;
   const size_t matrix = size_t(experts[pair]) * N;
@@ -36,7 +44,7 @@
     uint words[ROWS][HLWQ_WORDS];
     float norm[ROWS];
     HLWQ_UNROLL for (int r = 0; r < ROWS; r++) {
-      const size_t row = matrix + size_t(min(row0 + r, N - 1));
+      const size_t row = matrix + size_t(r / OUTPUTS * outputs + min(row0 + r % OUTPUTS, outputs - 1));
       hlwq_load(codes + row * row_words + k / 32 * HLWQ_BITS + (k & 31) * HLWQ_BITS / 32, words[r]);
       norm[r] = float(norms[row * row_blocks + k / HLWQ_BLOCK]);
     }
@@ -78,8 +86,17 @@
     }
   }
   HLWQ_UNROLL for (int m = 0; m < M; m++) {
-    HLWQ_UNROLL for (int r = 0; r < ROWS; r++) {
+    HLWQ_UNROLL for (int r = 0; r < OUTPUTS; r++) {
       float total = simd_sum(sum[m][r]) * HLWQ_SCALE;
-      if (lane == 0 && row0 + r < N) y[size_t(pair + m) * N + row0 + r] = T(total);
+#ifdef HLWQ_SWIGLU
+      total *= simd_sum(sum[m][r + OUTPUTS]) * HLWQ_SCALE / (1.0f + exp(-total));
+#endif
+      const size_t at = size_t(pair + m) * outputs + row0 + r;
+      if (lane == 0 && row0 + r < outputs) {
+#ifdef HLWQ_RESIDUAL
+        total += float(residual[at]);
+#endif
+        y[at] = T(total);
+      }
     }
   }

@@ -1,7 +1,6 @@
 // out = x times H_B, block by block (docs/format.md, steps 1 and 2): x T [rows, K] -> out T [rows, Kp].
 //
-// One simdgroup a block, B / 32 neighboring values a lane: the first stages of the Walsh-Hadamard transform stay in the
-// lane, the other five are simd_shuffle_xor. float32 inside. A last block beyond K is padded with zeros.
+// One simdgroup a block, B / 32 neighboring values a lane. float32 inside. A last block beyond K is padded with zeros.
   constexpr int V = BLOCK / 32;
   const uint lane = thread_index_in_simdgroup;
   const uint K = uint(x_shape[1]), blocks = (K + BLOCK - 1) / BLOCK;
@@ -11,19 +10,5 @@
 
   float v[V];
   for (uint i = 0; i < V; i++) v[i] = k + i < K ? float(x[size_t(row) * K + k + i]) : 0.0f;
-  for (uint stride = 1; stride < V; stride *= 2) {
-    for (uint i = 0; i < V; i++) {
-      if (i & stride) continue;
-      float a = v[i], b = v[i + stride];
-      v[i] = a + b;
-      v[i + stride] = a - b;
-    }
-  }
-  for (ushort stride = 1; stride < 32; stride *= 2) {
-    for (uint i = 0; i < V; i++) {
-      float other = simd_shuffle_xor(v[i], stride);
-      v[i] = (lane & stride) ? other - v[i] : other + v[i];
-    }
-  }
-  const float scale = rsqrt(float(BLOCK));
-  for (uint i = 0; i < V; i++) out[size_t(index) * BLOCK + lane * V + i] = T(v[i] * scale);
+  hlwq_transform<V>(v, lane);
+  for (uint i = 0; i < V; i++) out[size_t(index) * BLOCK + lane * V + i] = T(v[i]);

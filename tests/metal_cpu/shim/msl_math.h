@@ -94,15 +94,19 @@ METAL_FUNC T popcount(T x) {
   return T(__builtin_popcountll(std::make_unsigned_t<T>(x)));
 }
 namespace fast {
+using metal::cos;
 using metal::exp;
 using metal::fma;
 using metal::rsqrt;
+using metal::sin;
 using metal::tanh;
 }  // namespace fast
 namespace precise {
+using metal::cos;
 using metal::exp;
 using metal::fma;
 using metal::rsqrt;
+using metal::sin;
 using metal::tanh;
 }  // namespace precise
 }  // namespace metal
