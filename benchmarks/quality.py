@@ -53,6 +53,8 @@ def main(argv: list[str]) -> int:
     if arguments.render:
         print(render(arguments.render))
         return 0
+    if "ggml" in arguments.table:
+        ggml_library()  # where there is none it ends the program: now, not after the tables before
     bench = Bench(arguments.data, arguments.device, arguments.windows)
     print(json.dumps(circumstances("quality", argv, bench)), flush=True)
     for table in arguments.table:
