@@ -70,7 +70,8 @@ def _decoder(gpu: ModuleType, bits: int, block_size: int, way):
 
 
 def _packed(spec: ModuleSpec, *rows: int) -> tuple[mx.array, mx.array]:
-    codes = mx.random.randint(-(2**31), 2**31 - 1, (*rows, spec.words), mx.int32).view(mx.uint32)
+    # 16 bits at a time: MLX makes integers of floats, so the low bits of larger ones would always be 0
+    codes = mx.random.randint(0, 2**16, (*rows, 2 * spec.words), mx.uint16).view(mx.uint32)
     return codes, mx.random.uniform(0.5, 1.5, (*rows, spec.blocks)).astype(mx.float16)
 
 
