@@ -33,6 +33,7 @@ from hlwq_mlx import cuda
 from hlwq_mlx.fused import fuse_layers
 from hlwq_mlx.kernels import kernels_for
 from hlwq_mlx.layers import HLWQEmbedding, HLWQLinear
+from hlwq_mlx.selfcheck import random_codes
 from hlwq_mlx.siblings import link
 from hlwq_mlx.steps import compile_steps
 
@@ -73,11 +74,6 @@ QWEN35_9B = qwen3_5.ModelArgs(
         "vocab_size": 248320,
     },
 )
-
-
-def random_codes(outputs: int, columns: int, bits: int) -> mx.array:
-    # 16 bits at a time: MLX makes integers of floats, so the low bits of larger ones would always be 0
-    return mx.random.randint(0, 2**16, (outputs, columns * bits // 16), mx.uint16).view(mx.uint32)
 
 
 def median_microseconds(step: Callable[[], mx.array], count: int) -> float:
@@ -154,11 +150,11 @@ def time_products(outputs: int, columns: int, rows: int) -> dict[str, dict[str, 
 
     def packed() -> tuple[mx.array, mx.array]:
         norms = mx.random.uniform(0.5, 1.5, (outputs, columns // 128)) * scale * 128**0.5
-        return random_codes(outputs, columns, 4), norms.astype(mx.float16)
+        return random_codes(outputs, columns // 8), norms.astype(mx.float16)
 
     def affine() -> tuple[mx.array, mx.array, mx.array]:
         scales = mx.full((outputs, columns // 64), scale / 4.6, mx.float16)
-        return random_codes(outputs, columns, 4), scales, -7.5 * scales
+        return random_codes(outputs, columns // 8), scales, -7.5 * scales
 
     def dense() -> tuple[mx.array]:
         return ((mx.random.normal((outputs, columns)) * scale).astype(mx.float16),)
@@ -199,7 +195,7 @@ def fill(model: nn.Module, kind: str) -> None:
             spec = ModuleSpec(4, 128, columns)
             cls = HLWQLinear if isinstance(layer, nn.Linear) else HLWQEmbedding
             new = cls((outputs,), spec, codebook(4), mx.bfloat16)
-            new.weight_codes = random_codes(outputs, columns, 4)
+            new.weight_codes = random_codes(outputs, columns // 8)
             new.weight_norms = mx.full((outputs, columns // 128), (128 / columns) ** 0.5, mx.float16)
             layers.append((path, new))
         elif kind == "bf16":

@@ -69,9 +69,15 @@ def _decoder(gpu: ModuleType, bits: int, block_size: int, way):
     return gpu.decoder(codebook(bits), block_size, *(() if way is None else (way,)))
 
 
+def random_codes(*shape: int) -> mx.array:
+    """Random words, uint32 of `shape`: 16 bits at a time, as MLX makes integers of floats and the low bits of larger
+    ones would always be 0.
+    """
+    return mx.random.randint(0, 2**16, (*shape[:-1], 2 * shape[-1]), mx.uint16).view(mx.uint32)
+
+
 def _packed(spec: ModuleSpec, *rows: int) -> tuple[mx.array, mx.array]:
-    # 16 bits at a time: MLX makes integers of floats, so the low bits of larger ones would always be 0
-    codes = mx.random.randint(0, 2**16, (*rows, 2 * spec.words), mx.uint16).view(mx.uint32)
+    codes = random_codes(*rows, spec.words)
     return codes, mx.random.uniform(0.5, 1.5, (*rows, spec.blocks)).astype(mx.float16)
 
 

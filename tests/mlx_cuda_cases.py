@@ -66,3 +66,11 @@ def assert_product(y: mx.array, x: mx.array, weight: np.ndarray, block_size: int
     # the order of a float32 sum and of the rotation; two roundings to the dtype of x a product, one of the result
     bound = (FLOAT32 * (weight.shape[-1] + 16) + 2 * ROUNDING[x.dtype]) * magnitude + ROUNDING[x.dtype] * np.abs(exact)
     assert (np.abs(float64(y) - exact) <= bound).all()
+
+
+def swiglu_of(exact: np.ndarray, bound: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """silu(gate) * other of gates and others [..., 2 N] known within `bound`, and its bound: both [..., N]."""
+    (gate, other), (of_gate, of_other) = np.split(exact, 2, axis=-1), np.split(bound, 2, axis=-1)
+    sigmoid = 1 / (1 + np.exp(-gate))
+    # the slope of silu is at most 1.1
+    return gate * sigmoid * other, 1.1 * of_gate * (np.abs(other) + of_other) + np.abs(gate) * of_other

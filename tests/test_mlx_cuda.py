@@ -22,7 +22,18 @@ from hlwq_mlx.siblings import link
 from hlwq_mlx.steps import compile_steps
 from tests import cuda_cpu
 from tests.metal_cpu import EmulationError, require
-from tests.mlx_cuda_cases import DEVICES, DTYPES, FLOAT32, ROUNDING, Packed, assert_product, float64, normal, on_device
+from tests.mlx_cuda_cases import (
+    DEVICES,
+    DTYPES,
+    FLOAT32,
+    ROUNDING,
+    Packed,
+    assert_product,
+    float64,
+    normal,
+    on_device,
+    swiglu_of,
+)
 
 
 @pytest.fixture(params=DEVICES)
@@ -128,10 +139,7 @@ def test_sum_norm_and_activation_inside(block_size: int, columns: int, dtype: mx
         exact, magnitude = rotated @ packed.rotated.T, np.abs(rotated) @ np.abs(packed.rotated).T
         bound = (FLOAT32 * (columns + 16) + 2 * ROUNDING[dtype]) * magnitude  # as of a product, before its rounding
         if swiglu:
-            (gate, other), (of_gate, of_other) = np.split(exact, 2, axis=-1), np.split(bound, 2, axis=-1)
-            sigmoid = 1 / (1 + np.exp(-gate))
-            # the slope of silu is at most 1.1
-            exact, bound = gate * sigmoid * other, 1.1 * of_gate * (np.abs(other) + of_other) + np.abs(gate) * of_other
+            exact, bound = swiglu_of(exact, bound)
         assert (np.abs(float64(y) - exact) <= bound + ROUNDING[dtype] * (np.abs(exact) + bound)).all()
 
 

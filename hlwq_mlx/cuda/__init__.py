@@ -243,6 +243,7 @@ def embedding(
 
 
 def _block_grid(rows: int, blocks: int) -> tuple[int, int, int]:
+    """Threads for one warp a block, in whole thread blocks for every row."""
     return (rows * _BLOCK_WARPS * 32, -(-blocks // _BLOCK_WARPS), 1)
 
 
